@@ -1,0 +1,113 @@
+"""Attention backends that read a compressed prompt as a shorter one.
+
+Each is derived from vLLM's own backend of the same name. Its metadata builder
+shifts a compressed request's block-table row left and shortens its length; its
+implementation lets the observation window be seen. Kernels stay vLLM's.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention import selector
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+    subclass_attention_backend_with_overrides,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from .rows import RowShift
+
+SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+_PREFIX = "Compressed_"
+
+
+@functools.cache
+def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    builder_base: Any = base.get_builder_cls()
+    impl_base: Any = base.get_impl_cls()
+
+    class CompressedBuilder(builder_base):
+        # Groups differ in lengths, not only in their tables.
+        supports_update_block_table = False
+        # Set by the runner where the group is compressed; None passes through.
+        row_shift: RowShift | None = None
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+            # Prefill must run Python, where the observation window is captured.
+            support = super().get_cudagraph_support(*args)
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=_by_value)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if self.row_shift is not None:
+                common_attn_metadata = self.row_shift.physical(
+                    common_attn_metadata, self.kv_cache_spec.block_size
+                )
+            return super().build(
+                common_prefix_len, common_attn_metadata, *args, **kwargs
+            )
+
+    class CompressedImpl(impl_base):
+        def forward(
+            self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            if window := getattr(layer, "observation_window", None):
+                window.capture(query)
+            return super().forward(layer, query, *args, **kwargs)
+
+    derived = subclass_attention_backend_with_overrides(
+        _PREFIX,
+        base,
+        {
+            "get_builder_cls": staticmethod(lambda: CompressedBuilder),
+            "get_impl_cls": staticmethod(lambda: CompressedImpl),
+        },
+    )
+    return derived
+
+
+def _by_value(support: AttentionCGSupport) -> int:
+    return support.value
+
+
+def __getattr__(name: str) -> type[AttentionBackend]:
+    """Derive a backend when it is chosen: no platform's code is imported before.
+
+    vLLM finds the class again by module and name, so it carries both.
+    """
+    if not name.startswith(_PREFIX):
+        raise AttributeError(name)
+    base = resolve_obj_by_qualname(AttentionBackendEnum[name[len(_PREFIX) :]].value)
+    derived = _derive(base)
+    derived.__module__, derived.__name__, derived.__qualname__ = __name__, name, name
+    return derived
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register the backends with vLLM while one model is built, and no longer.
+
+    Another engine in this process, started without compression, gets vLLM's own.
+    """
+    names = [AttentionBackendEnum[name] for name in SUPPORTED]
+    selector._cached_get_attn_backend.cache_clear()
+    for backend in names:
+        register_backend(backend, f"{__name__}.{_PREFIX}{backend.name}")
+    try:
+        yield
+    finally:
+        for backend in names:
+            backend.clear_override()
+        selector._cached_get_attn_backend.cache_clear()

@@ -1,0 +1,114 @@
+"""Switches compression on in one engine's configuration, or refuses.
+
+vLLM's own settings carry it to every process: the names of our scheduler and
+worker classes. Nothing of vLLM is replaced.
+"""
+
+from vllm.config import VllmConfig
+
+from ..config import KEY, ConfigError, KVCompressionConfig
+from . import metrics, requests
+from .worker import WORKERS
+
+
+def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
+    """Choose the compressing scheduler and worker.
+
+    Raises:
+        ConfigError: Something else that is switched on cannot work with it.
+    """
+    for setting, way_out in _refusals(vllm_config, config):
+        raise ConfigError(f"{KEY} does not work with {setting}; {way_out}")
+    scheduler = vllm_config.scheduler_config
+    name = "CompressedAsyncScheduler" if scheduler.async_scheduling else (
+        "CompressedScheduler"
+    )
+    scheduler.scheduler_cls = f"vllm_kvcompress.engine.scheduler.{name}"
+    parallel = vllm_config.parallel_config
+    worker = WORKERS[parallel.worker_cls]
+    parallel.worker_cls = f"vllm_kvcompress.engine.worker.{worker}"
+    requests.install()
+    metrics.install()
+
+
+def _refusals(
+    vllm_config: VllmConfig, config: KVCompressionConfig
+) -> list[tuple[str, str]]:
+    """Settings in use that are not supported, each with the way out."""
+    model = vllm_config.model_config
+    cache = vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    drop = "start without --kv-compression"
+    chunk = min(
+        scheduler.max_num_batched_tokens,
+        scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
+    )
+    window = config.scorer.needs_queries
+    block_size = cache.block_size or 1
+    smallest = config.smallest_budget(block_size)
+    checks = [
+        (model.runner_type != "generate", "pooling models", drop),
+        (model.is_encoder_decoder, "encoder-decoder models", drop),
+        (model.use_mla, "MLA attention", drop),
+        (model.is_mm_prefix_lm, "bidirectional multimodal prefixes", drop),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            f"--kv-cache-dtype {cache.cache_dtype}",
+            "use --kv-cache-dtype auto",
+        ),
+        (
+            cache.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill",
+            "drop that flag",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
+            "use 1",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1,
+            "context parallelism (DCP, PCP)",
+            "use size 1",
+        ),
+        (parallel.use_ubatching, "dual batch overlap", "drop --enable-dbo"),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and KV offloading",
+            "drop --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding",
+            "drop --speculative-config",
+        ),
+        (
+            scheduler.disable_hybrid_kv_cache_manager is True,
+            "--disable-hybrid-kv-cache-manager",
+            "drop that flag",
+        ),
+        (
+            scheduler.scheduler_cls is not None,
+            f"--scheduler-cls {scheduler.scheduler_cls}",
+            "drop that flag",
+        ),
+        (
+            parallel.worker_cls not in WORKERS,
+            f"worker class {parallel.worker_cls}",
+            "use vLLM's CPU or CUDA worker",
+        ),
+        (
+            chunk < window,
+            f"prefill chunks of {chunk} tokens and an observation window of {window}",
+            "raise --max-num-batched-tokens (or --long-prefill-token-threshold) "
+            "or lower window",
+        ),
+        (
+            config.budget is not None and config.budget < smallest,
+            f"budget={config.budget} and KV blocks of {block_size} tokens",
+            f"use a budget of at least {smallest}, or a smaller --block-size",
+        ),
+    ]
+    return [(setting, way_out) for used, setting, way_out in checks if used]

@@ -1,0 +1,204 @@
+"""A worker's half of compression: it obeys the scheduler's plan, step by step.
+
+During a forward the attention layers capture the queries of observation windows;
+after it the planned prompts are scored, their kept tokens copied into private
+blocks, and their rows of the block table shortened.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from ..config import KVCompressionConfig
+from ..ops.select import select
+from ..plan import Compress, Counters, StepPlan
+from .layout import page_layout
+from .rows import RowShift
+from .spec import CompressedAttentionSpec
+
+WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
+ReadRow = Callable[[int, str, int], torch.Tensor]
+
+
+@dataclass
+class ObservationWindow:
+    """Queries of one layer, kept until their prompt is compressed.
+
+    Attributes:
+        spans: ``(request id, first, end)`` of tokens in the current batch; one
+            list shared by all layers.
+        queries: Request id -> chunks ``[tokens, query_heads, head_size]``.
+    """
+
+    spans: list[tuple[str, int, int]]
+    queries: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def capture(self, query: torch.Tensor) -> None:
+        """Copy the spans out of a batch's queries ``[tokens, heads, head_size]``."""
+        for request_id, first, end in self.spans:
+            self.queries.setdefault(request_id, []).append(query[first:end].clone())
+
+    def take(self, request_id: str) -> torch.Tensor:
+        """Give away a request's window, ``[window, query_heads, head_size]``."""
+        return torch.cat(self.queries.pop(request_id))
+
+
+@dataclass
+class _Group:
+    """One compressed KV cache group of this worker."""
+
+    layers: list[torch.nn.Module]
+    block_size: int
+    rows: RowShift
+
+
+class CompressionExecutor:
+    """What a model runner calls around each step."""
+
+    def __init__(self, config: KVCompressionConfig, device: torch.device) -> None:
+        self._scorer = config.scorer
+        self._device = device
+        self._groups: dict[int, _Group] = {}
+        self._windows: list[ObservationWindow] = []
+        self._spans: list[tuple[str, int, int]] = []
+        self._plan = StepPlan()
+        self.totals = Counters()
+
+    def bind(
+        self,
+        kv_cache_config: KVCacheConfig,
+        layers: dict[str, torch.nn.Module],
+        max_num_reqs: int,
+    ) -> None:
+        """Learn the groups once KV caches exist.
+
+        Args:
+            kv_cache_config: This worker's groups.
+            layers: Layer name -> attention layer.
+            max_num_reqs: Most requests in a batch.
+        """
+        for index, spec in enumerate(kv_cache_config.kv_cache_groups):
+            if not isinstance(spec.kv_cache_spec, CompressedAttentionSpec):
+                continue
+            group = _Group(
+                [layers[name] for name in spec.layer_names],
+                spec.kv_cache_spec.block_size,
+                RowShift(max_num_reqs, self._device),
+            )
+            self._groups[index] = group
+            if self._scorer.needs_queries:
+                for layer in group.layers:
+                    layer.observation_window = ObservationWindow(self._spans)
+                    self._windows.append(layer.observation_window)
+
+    def row_shift(self, group: int) -> RowShift | None:
+        """The group's row shift, None if the group is not compressed."""
+        return self._groups[group].rows if group in self._groups else None
+
+    def begin_step(
+        self, plan: StepPlan | None, request_ids: Sequence[str], counts: Sequence[int]
+    ) -> None:
+        """Take a step's plan before its forward.
+
+        Args:
+            plan: The scheduler's directive, None if there is none.
+            request_ids: Requests in the order of the batch's rows.
+            counts: Tokens of each row.
+        """
+        self._plan = plan or StepPlan()
+        for group in self._groups.values():
+            group.rows.begin(request_ids)
+        self._spans.clear()
+        first = 0
+        for request_id, count in zip(request_ids, counts, strict=True):
+            if span := self._plan.observe.get(request_id):
+                self._spans.append((request_id, first + span[0], first + span[1]))
+            first += int(count)
+
+    def end_forward(self) -> None:
+        """Later batches are dummies until the next `begin_step`."""
+        self._spans.clear()
+        for group in self._groups.values():
+            group.rows.begin(())
+
+    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
+        """Execute the plan after the forward and report what was done.
+
+        Args:
+            read_row: ``(group, request id, count)`` -> the first ``count``
+                physical blocks of the row, int64 on the device.
+            write_row: ``(group, request id, first entry, block ids)``.
+        """
+        plan, self._plan = self._plan, StepPlan()
+        report = Counters()
+        started = time.perf_counter()
+        for request_id, groups in plan.compress.items():
+            for index, directive in groups.items():
+                group = self._groups[index]
+                blocks = -(-directive.num_tokens // group.block_size)
+                row = read_row(index, request_id, blocks)
+                for layer in group.layers:
+                    self._compress(layer, request_id, row, directive)
+                kept = len(directive.destination)
+                write_row(
+                    index, request_id, directive.freed_blocks, directive.destination
+                )
+                evicted = directive.freed_blocks * group.block_size
+                group.rows.set(request_id, evicted)
+                report.compressions += 1
+                report.tokens_evicted += evicted
+                report.blocks_freed += directive.end_block - kept
+                report.logical_tokens += directive.num_tokens
+                report.retained_tokens += directive.num_tokens - evicted
+        if plan.compress:
+            report.seconds = time.perf_counter() - started
+        self.totals.add(report)
+        self.totals.add(Counters(skipped=plan.skipped))
+        return report
+
+    @torch.inference_mode()
+    def _compress(
+        self,
+        layer: torch.nn.Module,
+        request_id: str,
+        row: torch.Tensor,
+        directive: Compress,
+    ) -> None:
+        """Score one layer's prompt and copy its kept tokens."""
+        layout = page_layout(layer)
+        keys, values = layout.read(layer.kv_cache, row)
+        queries = None
+        if self._scorer.needs_queries:
+            queries = layer.observation_window.take(request_id)
+        num_tokens = directive.num_tokens
+        scores = self._scorer.score(
+            queries,
+            keys[:, :num_tokens],
+            values[:, :num_tokens],
+            scale=layer.impl.scale,
+            softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
+        )
+        block_size = layer.kv_cache.shape[2]
+        candidates = directive.end_block * block_size
+        count = len(directive.destination) * block_size
+        kept = select(scores[:, :candidates], count)
+        index = kept[:, :, None].expand(-1, -1, keys.shape[2])
+        destination = torch.tensor(
+            directive.destination, dtype=torch.long, device=self._device
+        )
+        layout.write(
+            layer.kv_cache, destination, keys.gather(1, index), values.gather(1, index)
+        )
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request that finished, was preempted or starts anew."""
+        for group in self._groups.values():
+            group.rows.forget(request_id)
+        for window in self._windows:
+            window.queries.pop(request_id, None)

@@ -1,0 +1,71 @@
+"""Which attention layers of a loaded model are compressed."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+
+from ..config import KEY, ConfigError
+from .spec import CompressedAttentionSpec
+
+
+def compress_layers(vllm_config: VllmConfig) -> int:
+    """Give full-attention layers the compressed spec; leave all others alone.
+
+    Only these layer objects change, no class of vLLM does.
+
+    Returns:
+        How many layers are compressed.
+
+    Raises:
+        ConfigError: A full-attention layer works in a way that is not supported.
+    """
+    compressed = 0
+    context = vllm_config.compilation_config.static_forward_context
+    for name, layer in context.items():
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        if type(layer.get_kv_cache_spec(vllm_config)) is not FullAttentionSpec:
+            continue
+        if reason := _unsupported(layer):
+            raise ConfigError(
+                f"{KEY}: layer {name} uses {reason}, which cannot be compressed "
+                "yet; start without --kv-compression"
+            )
+        layer.get_kv_cache_spec = _Compressed(layer.get_kv_cache_spec)
+        compressed += 1
+    if not compressed:
+        raise ConfigError(
+            f"{KEY}: this model has no full-attention layer to compress; "
+            "start without --kv-compression"
+        )
+    return compressed
+
+
+class _Compressed:
+    """A layer's ``get_kv_cache_spec`` whose answer is the compressed spec."""
+
+    def __init__(self, get_kv_cache_spec: Any) -> None:
+        self._get = get_kv_cache_spec
+
+    def __call__(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return replace_as(self._get(vllm_config), CompressedAttentionSpec)
+
+
+def _unsupported(layer: Any) -> str | None:
+    """What keeps a full-attention layer from being compressed, None if nothing."""
+    if type(layer) is not Attention:
+        return f"{type(layer).__name__} attention"
+    if not hasattr(layer.attn_backend.get_builder_cls(), "row_shift"):
+        return f"the attention backend {layer.attn_backend.get_name()}"
+    if layer.kv_sharing_target_layer_name is not None:
+        return "another layer's KV cache"
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        return "ALiBi"
+    if layer.has_sink:
+        return "attention sinks"
+    if layer.head_size_v != layer.head_size:
+        return "values of another size than its keys"
+    return None

@@ -1,0 +1,141 @@
+"""Model runners that carry out the scheduler's plan.
+
+A worker's runner object is given a class derived from its own, so other runners
+in the process stay vLLM's.
+"""
+
+from typing import Any
+
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from ..config import KEY, KVCompressionConfig
+from ..plan import Counters
+from .executor import CompressionExecutor
+
+
+def compress_runner(runner: Any, config: KVCompressionConfig) -> None:
+    """Turn a model runner, V1 or V2, into one that compresses."""
+    base = type(runner)
+    version = RunnerV2 if runner.vllm_config.use_v2_model_runner else RunnerV1
+    runner.__class__ = type(f"Compressed{base.__name__}", (version, base), {})
+    runner.compression = CompressionExecutor(config, torch.device(runner.device))
+
+
+class _Runner:
+    """What both runners share; the base class is vLLM's runner."""
+
+    compression: CompressionExecutor
+    _read_row: Any
+    _write_row: Any
+
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        vllm_config = self.vllm_config
+        self.compression.bind(
+            self.kv_cache_config,
+            vllm_config.compilation_config.static_forward_context,
+            vllm_config.scheduler_config.max_num_seqs,
+        )
+        for index, groups in enumerate(self.attn_groups):
+            row_shift = self.compression.row_shift(index)
+            for builder in (b for g in groups for b in g.metadata_builders):
+                if row_shift is not None and not hasattr(builder, "row_shift"):
+                    raise RuntimeError(
+                        f"{KEY}: {type(builder).__name__} would not see compression"
+                    )
+                builder.row_shift = row_shift
+
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._plan = getattr(scheduler_output, "kv_compression", None)
+        try:
+            return super().execute_model(  # type: ignore[misc]
+                scheduler_output, *args, **kwargs
+            )
+        finally:
+            self.compression.end_forward()
+
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample first: compression is then off the time to first token."""
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        report = self.compression.finish_step(self._read_row, self._write_row)
+        if not report.compressions:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _Reported(output, report)
+        output.kv_compression = report
+        return output
+
+
+class RunnerV1(_Runner):
+    """Over vLLM's V1 runner, whose batch rows move."""
+
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        preempted = scheduler_output.preempted_req_ids or ()
+        for request_id in {*scheduler_output.finished_req_ids, *preempted, *resumed}:
+            self.compression.forget(request_id)
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _prepare_inputs(
+        self: Any, scheduler_output: Any, num_scheduled_tokens: Any
+    ) -> Any:
+        self.compression.begin_step(
+            self._plan, self.input_batch.req_ids, num_scheduled_tokens
+        )
+        return super()._prepare_inputs(  # type: ignore[misc]
+            scheduler_output, num_scheduled_tokens
+        )
+
+    def _table_row(self: Any, group: int, request_id: str) -> Any:
+        row = self.input_batch.req_id_to_index[request_id]
+        return self.input_batch.block_table[group].get_numpy_array()[row]
+
+    def _read_row(self: Any, group: int, request_id: str, count: int) -> torch.Tensor:
+        row = torch.from_numpy(self._table_row(group, request_id)[:count])
+        return row.to(self.device, torch.long)
+
+    def _write_row(
+        self: Any, group: int, request_id: str, first: int, blocks: tuple[int, ...]
+    ) -> None:
+        entries = slice(first, first + len(blocks))
+        self.requests[request_id].block_ids[group][entries] = blocks
+        self._table_row(group, request_id)[entries] = blocks
+
+
+class RunnerV2(_Runner):
+    """Over vLLM's V2 runner, whose requests have stable slots."""
+
+    def _remove_request(self: Any, req_id: str) -> bool:
+        self.compression.forget(req_id)
+        return super()._remove_request(req_id)  # type: ignore[misc]
+
+    def prepare_attn(self: Any, input_batch: Any) -> Any:
+        """vLLM calls this for real batches only."""
+        self.compression.begin_step(
+            self._plan, input_batch.req_ids, input_batch.num_scheduled_tokens
+        )
+        return super().prepare_attn(input_batch)  # type: ignore[misc]
+
+    def _read_row(self: Any, group: int, request_id: str, count: int) -> torch.Tensor:
+        slot = self.req_states.req_id_to_index[request_id]
+        return self.block_tables.block_tables[group].gpu[slot, :count].long()
+
+    def _write_row(
+        self: Any, group: int, request_id: str, first: int, blocks: tuple[int, ...]
+    ) -> None:
+        slot = self.req_states.req_id_to_index[request_id]
+        self.block_tables.block_tables[group].stage_write(slot, first, list(blocks))
+
+
+class _Reported(AsyncModelRunnerOutput):
+    """An output still on its way, to which the step's report is added."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, report: Counters) -> None:
+        self._output = output
+        self._report = report
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        output.kv_compression = self._report  # type: ignore[attr-defined]
+        return output

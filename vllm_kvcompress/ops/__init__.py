@@ -1,0 +1,1 @@
+"""One file per operation: its plain torch meaning, which is also its oracle."""

@@ -1,0 +1,19 @@
+"""Which tokens each KV head keeps."""
+
+import torch
+
+
+def select(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of the ``count`` highest scores of every KV head.
+
+    Of equal scores the lowest positions win; results ascend.
+
+    Args:
+        scores: ``[kv_heads, tokens]`` float32.
+        count: Positions to keep, at most ``tokens``.
+
+    Returns:
+        ``[kv_heads, count]`` int64, sorted, unique in each row.
+    """
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, :count].sort(dim=-1).values

@@ -1,0 +1,72 @@
+"""What the scheduler tells the workers about one step, and what they answer.
+
+The plan travels on vLLM's SchedulerOutput and the report on its
+ModelRunnerOutput; both are pickled between processes.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Replace a prompt's whole blocks in one KV cache group, after the forward.
+
+    Attributes:
+        num_tokens: Length of the prompt; scores cover ``[0, num_tokens)``.
+        end_block: Logical blocks ``[0, end_block)`` are replaced ...
+        destination: ... by these physical blocks, filled with the kept tokens.
+    """
+
+    num_tokens: int
+    end_block: int
+    destination: tuple[int, ...]
+
+    @property
+    def freed_blocks(self) -> int:
+        """Blocks that go back to the pool."""
+        return self.end_block - len(self.destination)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The directive of one step.
+
+    Attributes:
+        observe: Request id -> ``(first, end)`` of its tokens in this step that
+            belong to its observation window.
+        compress: Request id -> KV cache group -> what to do.
+        skipped: Reason -> requests left uncompressed since the last plan.
+    """
+
+    observe: dict[str, tuple[int, int]] = field(default_factory=dict)
+    compress: dict[str, dict[int, Compress]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.observe or self.compress or self.skipped)
+
+
+@dataclass
+class Counters:
+    """Totals since start, and equally the report of one step.
+
+    Tokens and blocks are counted once per request and KV cache group (every
+    layer and KV head of a group keeps the same number of tokens).
+    """
+
+    compressions: int = 0
+    tokens_evicted: int = 0
+    blocks_freed: int = 0
+    logical_tokens: int = 0
+    retained_tokens: int = 0
+    seconds: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "Counters") -> None:
+        """Add another report to these totals."""
+        for name, value in vars(other).items():
+            if name == "skipped":
+                for reason, count in value.items():
+                    self.skipped[reason] = self.skipped.get(reason, 0) + count
+            else:
+                setattr(self, name, getattr(self, name) + value)
