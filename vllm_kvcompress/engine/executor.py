@@ -144,7 +144,7 @@ class CompressionExecutor:
                 blocks = -(-directive.num_tokens // group.block_size)
                 row = read_row(index, request_id, blocks)
                 for layer in group.layers:
-                    self._compress(layer, request_id, row, directive)
+                    self._compress(layer, request_id, row, directive, group.block_size)
                 kept = len(directive.destination)
                 write_row(
                     index, request_id, directive.freed_blocks, directive.destination
@@ -169,31 +169,29 @@ class CompressionExecutor:
         request_id: str,
         row: torch.Tensor,
         directive: Compress,
+        block_size: int,
     ) -> None:
         """Score one layer's prompt and copy its kept tokens."""
-        layout = page_layout(layer)
-        keys, values = layout.read(layer.kv_cache, row)
-        queries = None
-        if self._scorer.needs_queries:
-            queries = layer.observation_window.take(request_id)
+        layout, cache, scorer = page_layout(layer), layer.kv_cache, self._scorer
+        split = block_size // cache.shape[2]
+        row = _kernel_blocks(row, split)
         num_tokens = directive.num_tokens
-        scores = self._scorer.score(
-            queries,
-            keys[:, :num_tokens],
-            values[:, :num_tokens],
+        scores = scorer.score(
+            layer.observation_window.take(request_id) if scorer.needs_queries else None,
+            layout.keys(cache, row)[:, :num_tokens],
+            layout.values(cache, row)[:, :num_tokens] if scorer.needs_values else None,
             scale=layer.impl.scale,
             softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
         )
-        block_size = layer.kv_cache.shape[2]
-        candidates = directive.end_block * block_size
-        count = len(directive.destination) * block_size
-        kept = select(scores[:, :candidates], count)
-        index = kept[:, :, None].expand(-1, -1, keys.shape[2])
+        candidates = scores[:, : directive.end_block * block_size]
+        kept = select(candidates, len(directive.destination) * block_size)
         destination = torch.tensor(
             directive.destination, dtype=torch.long, device=self._device
         )
         layout.write(
-            layer.kv_cache, destination, keys.gather(1, index), values.gather(1, index)
+            cache,
+            _kernel_blocks(destination, split),
+            *layout.gather(cache, row, kept),
         )
 
     def forget(self, request_id: str) -> None:
@@ -202,3 +200,9 @@ class CompressionExecutor:
             group.rows.forget(request_id)
         for window in self._windows:
             window.queries.pop(request_id, None)
+
+
+def _kernel_blocks(blocks: torch.Tensor, split: int) -> torch.Tensor:
+    """The manager's blocks as the attention kernel's, ``split`` of them each."""
+    parts = torch.arange(split, device=blocks.device)
+    return (blocks[:, None] * split + parts).flatten()

@@ -15,7 +15,7 @@ from vllm import _custom_ops as ops
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Reads and writes tokens of pages ``[..., block_size * 2 * head_size]``.
+    """Reads and writes tokens in pages ``[..., block_size * 2 * head_size]``.
 
     Attributes:
         key: ``[block_size, head_size]`` int64, offsets of the key's elements.
@@ -25,24 +25,51 @@ class PageLayout:
     key: torch.Tensor
     value: torch.Tensor
 
-    def read(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of some blocks.
+    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys of some blocks.
 
         Args:
             kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
             blocks: ``[count]`` int64.
 
         Returns:
-            Two copies ``[kv_heads, count * block_size, head_size]``.
+            A copy ``[kv_heads, count * block_size, head_size]``.
         """
-        pages = kv_cache[blocks].flatten(2).transpose(0, 1)
-        return self._take(pages, self.key), self._take(pages, self.value)
+        return self._take(kv_cache, blocks, self.key)
 
-    def _take(self, pages: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Values of some blocks, see `keys`."""
+        return self._take(kv_cache, blocks, self.value)
+
+    def _take(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        pages = kv_cache[blocks].flatten(2).transpose(0, 1)
         taken = pages[:, :, offsets.flatten()]
         return taken.reshape(pages.shape[0], -1, offsets.shape[1])
+
+    def gather(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of single tokens, other ones for every KV head.
+
+        Args:
+            kv_cache: As in `keys`.
+            blocks: ``[count]`` int64, the blocks of a prompt.
+            positions: ``[kv_heads, tokens]`` int64, positions in that prompt.
+
+        Returns:
+            Two copies ``[kv_heads, tokens, head_size]``.
+        """
+        block_size, row = kv_cache.shape[2:]
+        block = blocks[positions // block_size][:, :, None]
+        head = torch.arange(len(positions), device=positions.device)[:, None, None]
+        slot = positions % block_size
+        key, value = self.key[slot], self.value[slot]
+        return (
+            kv_cache[block, head, key // row, key % row],
+            kv_cache[block, head, value // row, value % row],
+        )
 
     def write(
         self,
@@ -54,7 +81,7 @@ class PageLayout:
         """Fill whole blocks.
 
         Args:
-            kv_cache: As in `read`.
+            kv_cache: As in `keys`.
             blocks: ``[count]`` int64, distinct.
             keys: ``[kv_heads, count * block_size, head_size]``.
             values: The same.

@@ -24,6 +24,11 @@ class Scorer(BaseModel):
         return 0
 
     @property
+    def needs_values(self) -> bool:
+        """Whether ``score`` looks at the values."""
+        return False
+
+    @property
     def always_kept(self) -> int:
         """How many tokens ``score`` protects with ``+inf``; a budget is larger."""
         return 0
@@ -32,7 +37,7 @@ class Scorer(BaseModel):
         self,
         queries: torch.Tensor | None,
         keys: torch.Tensor,
-        values: torch.Tensor,
+        values: torch.Tensor | None,
         *,
         scale: float,
         softcap: float = 0.0,
@@ -43,7 +48,8 @@ class Scorer(BaseModel):
             queries: ``[needs_queries, query_heads, head_size]`` (rotated), or
                 None if ``needs_queries`` is 0.
             keys: ``[kv_heads, tokens, head_size]`` (rotated).
-            values: ``[kv_heads, tokens, head_size]``.
+            values: ``[kv_heads, tokens, head_size]``, or None if ``needs_values``
+                is False.
             scale: The layer's factor on attention logits.
             softcap: The layer's logit soft cap, 0 = none.
 

@@ -43,7 +43,7 @@ class SnapKV(Scorer):
         self,
         queries: torch.Tensor | None,
         keys: torch.Tensor,
-        values: torch.Tensor,
+        values: torch.Tensor | None,
         *,
         scale: float,
         softcap: float = 0.0,

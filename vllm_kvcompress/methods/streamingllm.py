@@ -27,7 +27,7 @@ class StreamingLLM(Scorer):
         self,
         queries: torch.Tensor | None,
         keys: torch.Tensor,
-        values: torch.Tensor,
+        values: torch.Tensor | None,
         *,
         scale: float,
         softcap: float = 0.0,

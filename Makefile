@@ -1,0 +1,37 @@
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v) 2>/dev/null)) python3)
+BIN := .venv/bin
+# Extra arguments: make demo ARGS="--help"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench model clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## create .venv with vLLM, this package and the development tools
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup ## answer from a long prompt with and without compression
+	$(BIN)/kvcompress demo $(ARGS)
+
+test: lint ## lint, types and the quick tests: what CI runs
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## the tests that take longer
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## measure; see make bench ARGS=--help
+	$(BIN)/kvcompress bench $(ARGS)
+
+model: setup ## build the bundled needle model again
+	$(BIN)/python scripts/make_needle_model.py $(ARGS)
+
+clean: ## remove what builds and tools left; .venv stays
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Presets: files for ``vllm serve MODEL --config FILE``."""

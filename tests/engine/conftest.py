@@ -1,0 +1,186 @@
+"""Real vLLM engines on small random models, in this process."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import pytest
+import torch
+
+VOCAB = 512
+BLOCK = 32
+
+
+def save_llama(path: Path, *, kv_heads: int = 2, layers: int = 2) -> Path:
+    """Write a random Llama whose attention is sharp, so that lost keys show."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=kv_heads,
+            head_dim=32,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.mul_(6.0 if "q_proj" in name or "k_proj" in name else 4.0)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer random Llama with 2 KV heads of 4 query heads each."""
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@contextlib.contextmanager
+def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
+    """An ``LLM`` that is gone at the end, with all of its memory."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "max_logprobs": -1,
+        "num_gpu_blocks_override": 400,
+    }
+    llm = LLM(str(model), **{**defaults, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler(llm: Any) -> Any:
+    """The engine's own scheduler object."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: Any) -> int:
+    """Blocks in the pool's free queue."""
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+
+
+@dataclass
+class Answer:
+    """One request's outcome: tokens, ``[tokens, VOCAB]`` logprobs, prefix hits."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+    cached: int
+
+    def same(self, other: "Answer") -> bool:
+        """Byte-identical."""
+        return self.tokens == other.tokens and torch.equal(
+            self.logprobs, other.logprobs
+        )
+
+    def near(self, other: "Answer", tolerance: float = 2e-4) -> bool:
+        """The same tokens, and logprobs equal up to the order of additions."""
+        return (
+            self.tokens == other.tokens
+            and float((self.logprobs - other.logprobs).abs().max()) < tolerance
+        )
+
+
+def generate(
+    llm: Any, prompts: list[list[int]], count: int | list[int] = 12, **params: Any
+) -> list[Answer]:
+    """Greedy answers with the log-probabilities of the whole vocabulary."""
+    from vllm import SamplingParams
+
+    counts = count if isinstance(count, list) else [count] * len(prompts)
+    sampling = [
+        SamplingParams(
+            **{
+                "max_tokens": n,
+                "temperature": 0.0,
+                "detokenize": False,
+                "logprobs": -1,
+                "ignore_eos": True,
+                **params,
+            }
+        )
+        for n in counts
+    ]
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False
+    )
+    answers = []
+    for output in outputs:
+        completion = output.outputs[0]
+        rows = [[row[t].logprob for t in range(VOCAB)] for row in completion.logprobs]
+        answers.append(
+            Answer(
+                list(completion.token_ids),
+                torch.tensor(rows),
+                output.num_cached_tokens or 0,
+            )
+        )
+    return answers
+
+
+@dataclass
+class Recording:
+    """What the worker scored and kept, in the order of execution."""
+
+    kept: list[torch.Tensor] = field(default_factory=list)
+    queries: list[torch.Tensor] = field(default_factory=list)
+    keys: list[torch.Tensor] = field(default_factory=list)
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """Listen to our own selection; nothing of vLLM is touched."""
+    from vllm_kvcompress.engine import executor
+    from vllm_kvcompress.methods.snapkv import SnapKV
+
+    record = Recording()
+    select, score = executor.select, SnapKV.score
+
+    def recording_select(scores: torch.Tensor, count: int) -> torch.Tensor:
+        record.kept.append(select(scores, count))
+        return record.kept[-1]
+
+    def recording_score(self: Any, queries: Any, keys: Any, *args: Any, **kw: Any):
+        record.queries.append(queries.clone())
+        record.keys.append(keys.clone())
+        return score(self, queries, keys, *args, **kw)
+
+    monkeypatch.setattr(executor, "select", recording_select)
+    monkeypatch.setattr(SnapKV, "score", recording_score)
+    return record
+
+
+Engine = Callable[..., contextlib.AbstractContextManager[Any]]

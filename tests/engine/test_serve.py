@@ -1,0 +1,237 @@
+"""`vllm serve --kv-compression snapkv`, as a client and an operator see it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+import vllm_kvcompress
+
+pytest.importorskip("vllm")
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+MODEL = Path(vllm_kvcompress.__file__).parent / "assets" / "needle"
+VLLM = str(Path(sys.executable).with_name("vllm"))
+BUDGET, BLOCK_SIZE, PROMPT_TOKENS = 256, 32, 1000
+PROMPT = [1, *(4 + i % 200 for i in range(PROMPT_TOKENS - 1))]
+FLAGS = [
+    *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
+    *("--block-size", str(BLOCK_SIZE), "--max-model-len", "2048"),
+    *("--dtype", "float32", "--served-model-name", "needle", "--enforce-eager"),
+]
+
+
+def environment():
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    env.pop("TRITON_INTERPRET", None)
+    return env
+
+
+def vllm(*args):
+    """Run the command to its end."""
+    command = [VLLM, *args]
+    return subprocess.run(
+        command, cwd="/", env=environment(), text=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A client of one running server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [VLLM, "serve", str(MODEL), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command + FLAGS, cwd="/", env=environment(), stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            wait_until_healthy(client, process, log)
+            client.log = log
+            yield client
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_until_healthy(client, process, log):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            if client.get("/health").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text())
+
+
+def complete(client, **body):
+    body = {"model": "needle", "prompt": PROMPT, "max_tokens": 4, **body}
+    return client.post("/v1/completions", json={"temperature": 0, **body})
+
+
+def chat(client, **body):
+    messages = [{"role": "user", "content": "abandon " * 400}]
+    body = {"model": "needle", "messages": messages, "max_tokens": 4, **body}
+    return client.post("/v1/chat/completions", json={"temperature": 0, **body})
+
+
+def metrics(client):
+    """Samples of /metrics by name, without labels other than the reason."""
+    samples = {}
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith("vllm:kv_compression_"):
+            name, _, rest = line.partition("{")
+            labels, _, value = rest.rpartition("} ")
+            reason = labels.partition('reason="')[2].partition('"')[0]
+            key = f"{name.removeprefix('vllm:kv_compression_')} {reason}".strip()
+            samples[key] = (float(value), labels)
+    return samples
+
+
+def counted(client, key, before):
+    """How far a counter has come since ``before``; statistics lag a little."""
+    for _ in range(50):
+        if difference := metrics(client)[key][0] - before[key][0]:
+            return difference
+        time.sleep(0.1)
+    return 0
+
+
+def test_counters_are_there_from_the_start(server):
+    samples = metrics(server)
+    for name in (
+        "compressions_total",
+        "tokens_evicted_total",
+        "blocks_freed_total",
+        "logical_tokens_total",
+        "retained_tokens_total",
+        "seconds_total",
+        "skipped_total short",
+    ):
+        value, labels = samples[name]
+        assert value >= 0
+        assert 'model_name="needle"' in labels
+        assert 'engine="0"' in labels
+    value, labels = samples["config_info"]
+    assert value == 1
+    for label in ('method="snapkv"', f'budget="{BUDGET}"', 'window="32"'):
+        assert label in labels
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_long_prompt_is_compressed(server, ask):
+    before = metrics(server)
+    answer = ask(server)
+    assert answer.status_code == 200, answer.text
+    assert counted(server, "compressions_total", before) == 1
+    assert counted(server, "blocks_freed_total", before) > 0
+    logical = counted(server, "logical_tokens_total", before)
+    assert logical == answer.json()["usage"]["prompt_tokens"]
+    assert counted(server, "retained_tokens_total", before) <= BUDGET
+    assert counted(server, "seconds_total", before) > 0
+
+
+def test_parallel_samples(server):
+    before = metrics(server)
+    answer = complete(server, n=2, temperature=1, seed=0)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 2
+    assert counted(server, "compressions_total", before) >= 1
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_streaming(server, ask):
+    answer = ask(server, stream=True)
+    assert answer.status_code == 200
+    assert answer.text.rstrip().endswith("data: [DONE]")
+    assert "error" not in answer.text
+
+
+def test_switched_off_for_one_request(server):
+    before = metrics(server)
+    answer = complete(server, vllm_xargs={"kv_compression": "off"})
+    assert answer.status_code == 200, answer.text
+    assert counted(server, "skipped_total off", before) == 1
+    assert metrics(server)["compressions_total"] == before["compressions_total"]
+
+
+def test_lower_budget_for_one_request(server):
+    before = metrics(server)
+    answer = complete(server, vllm_xargs={"kv_compression_budget": 96})
+    assert answer.status_code == 200, answer.text
+    assert counted(server, "compressions_total", before) == 1
+    assert counted(server, "retained_tokens_total", before) <= 96
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize(
+    ("xargs", "told"),
+    [
+        ({"kv_compression": "nope"}, ["kv_compression='nope'", "'off'", "'snapkv'"]),
+        ({"kv_compression_budget": BUDGET + 1}, [f"={BUDGET + 1}", f"63 to {BUDGET}"]),
+        ({"kv_compression_budget": 5}, ["=5", f"63 to {BUDGET}"]),
+        ({"kv_compression_budget": "many"}, ["='many'", "whole numbers"]),
+        ({"kv_compression_budget": {"a": 1}}, ["kv_compression_budget"]),
+        ({"kv_compression_window": 8}, ["kv_compression_window"]),
+    ],
+    ids=str,
+)
+def test_bad_request_is_400_and_the_server_lives_on(server, ask, xargs, told, stream):
+    answer = ask(server, vllm_xargs=xargs, stream=stream)
+    assert answer.status_code == 400, answer.text
+    message = json.loads(answer.text)["error"]["message"]
+    for part in told:
+        assert part in message
+    assert complete(server, prompt=[1, 4, 5]).status_code == 200
+
+
+def test_log_line(server):
+    complete(server)
+    for _ in range(150):
+        if "KV compressions: " in server.log.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(server.log.read_text())
+
+
+def test_help():
+    done = vllm("serve", "--help=KVCompression")
+    assert done.returncode == 0, done.stderr
+    for part in ("--kv-compression METHOD", "budget", "keep_ratio", "window (snapkv)"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--kv-compression", "nope"], "invalid choice: 'nope'"),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-config.budget", "x"],
+            "budget='x' should be a valid integer",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_flag_ends_with_one_sentence(flags, told):
+    done = vllm("serve", str(MODEL), *flags)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr.strip().splitlines()[-1]

@@ -1,0 +1,77 @@
+"""KVCompressionConfig: what users may write, and what they are told otherwise."""
+
+import json
+
+import pytest
+
+from tests.matrix import METHODS as MATRIX
+from vllm_kvcompress.config import DEFAULT_BUDGET, ConfigError, KVCompressionConfig
+
+
+def parse(**settings):
+    return KVCompressionConfig.from_dict({"method": "snapkv", **settings})
+
+
+def test_defaults():
+    config = parse()
+    assert config.method == "snapkv"
+    assert (config.budget, config.keep_ratio) == (DEFAULT_BUDGET, None)
+    assert (config.scorer.window, config.scorer.kernel_size) == (32, 7)
+
+
+@pytest.mark.parametrize("settings", MATRIX, ids=str)
+def test_settings_round_trip_through_json(settings):
+    config = KVCompressionConfig.from_dict(settings)
+    resolved = config.settings()
+    assert settings.items() <= resolved.items()
+    assert KVCompressionConfig.from_dict(json.loads(json.dumps(resolved))) == config
+
+
+def test_from_dict_leaves_its_argument_alone():
+    settings = {"method": "snapkv", "budget": 512}
+    KVCompressionConfig.from_dict(settings)
+    assert settings == {"method": "snapkv", "budget": 512}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "nope"}, ["'nope'", "snapkv", "streamingllm"]),
+        ({"method": None}, ["None", "snapkv"]),
+        ({"budgt": 1}, ["'budgt'", "snapkv", "budget", "window"]),
+        ({"sinks": 4}, ["'sinks'", "snapkv", "window"]),
+        ({"budget": "2048"}, ["budget='2048'", "integer"]),
+        ({"budget": True}, ["budget=True", "integer"]),
+        ({"budget": 0}, ["budget=0", "greater than or equal to 1"]),
+        ({"budget": 32}, ["budget=32", "larger than", "32", "snapkv"]),
+        ({"keep_ratio": 0}, ["keep_ratio=0", "greater than 0"]),
+        ({"keep_ratio": 1.5}, ["keep_ratio=1.5", "less than or equal to 1"]),
+        ({"budget": 512, "keep_ratio": 0.5}, ["budget=512", "keep_ratio=0.5"]),
+        ({"window": 0}, ["window=0", "greater than or equal to 1"]),
+        ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
+        ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
+    ],
+    ids=str,
+)
+def test_refused_in_one_sentence(settings, told):
+    with pytest.raises(ConfigError) as caught:
+        parse(**settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+def test_not_a_mapping():
+    with pytest.raises(ConfigError, match="mapping"):
+        KVCompressionConfig.from_dict("snapkv")
+
+
+def test_prompt_budget():
+    assert parse(budget=512).prompt_budget(10_000, 16) == 512
+    assert parse(budget=512).prompt_budget(10_000, 16, requested=128) == 128
+    share = parse(keep_ratio=0.25)
+    assert share.prompt_budget(10_000, 16) == 2_500
+    assert share.prompt_budget(10_000, 16, requested=128) == 128
+    assert share.prompt_budget(10_000, 16, requested=9_000) == 2_500
+    assert share.prompt_budget(40, 16) == share.smallest_budget(16) == 47

@@ -1,0 +1,137 @@
+"""The settings on their way into vLLM: flags, keywords and ``additional_config``.
+
+All of them fold into ``additional_config["kv_compression"]``, which vLLM itself
+carries to every process and counts in its configuration hash. This is the only
+part of vLLM that is wrapped while compression is off.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config import KEY, ConfigError, KVCompressionConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED_VLLM = "0.32"
+
+
+@functools.cache
+def install() -> None:
+    """Teach ``EngineArgs`` our flags and keywords, once per process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    from .flags import with_flags
+
+    EngineArgs.add_cli_args = staticmethod(with_flags(EngineArgs.add_cli_args))
+    EngineArgs.create_engine_config = _with_compression(EngineArgs.create_engine_config)
+    for cls in (EngineArgs, AsyncEngineArgs):
+        cls.__init__ = _with_keywords(cls.__init__)
+
+
+def fold(
+    additional_config: Mapping[str, Any] | None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any] | None:
+    """Put method and settings into ``additional_config``, and check the result.
+
+    Returns:
+        A new dict, or ``additional_config`` itself if nothing is given.
+
+    Raises:
+        ConfigError: Bad, contradictory or incomplete settings.
+    """
+    given = _given(additional_config)
+    if method is None and settings is None:
+        if given is not None:
+            _checked(given)
+        return additional_config
+    if not isinstance(settings or {}, Mapping):
+        raise ConfigError(f"{KEY}_config must be a mapping, not {settings!r}")
+    merged: dict[str, Any] = {} if method is None else {"method": method}
+    for source in (settings or {}, given or {}):
+        if not isinstance(source, Mapping):
+            raise ConfigError(f"{KEY} must be a mapping, not {source!r}")
+        for key, value in source.items():
+            if merged.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"{KEY}: {key} is given twice, as {merged[key]!r} and as {value!r}"
+                )
+    if "method" not in merged:
+        raise ConfigError(
+            f"{KEY}_config={json.dumps(merged)} needs a method; "
+            "add --kv-compression METHOD (or the keyword kv_compression)"
+        )
+    _checked(merged)
+    return {**(additional_config or {}), KEY: merged}
+
+
+def config_of(vllm_config: "VllmConfig") -> KVCompressionConfig | None:
+    """The compression settings of an engine, None if it does not compress."""
+    given = _given(vllm_config.additional_config)
+    return None if given is None else _parsed(json.dumps(given))
+
+
+def _given(additional_config: Any) -> Any:
+    """The settings in ``additional_config``, which may also be an opaque object."""
+    if isinstance(additional_config, Mapping):
+        return additional_config.get(KEY)
+    return None
+
+
+@functools.lru_cache
+def _parsed(settings: str) -> KVCompressionConfig:
+    return KVCompressionConfig.from_dict(json.loads(settings))
+
+
+def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig:
+    from vllm import __version__
+
+    if not f"{__version__}.".startswith(f"{SUPPORTED_VLLM}."):
+        raise ConfigError(
+            f"{KEY} needs vLLM {SUPPORTED_VLLM}.*, not {__version__}; "
+            "install that version or start without compression"
+        )
+    return KVCompressionConfig.from_dict(settings)
+
+
+def _with_keywords(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(
+        self: Any,
+        *args: Any,
+        kv_compression: str | None = None,
+        kv_compression_config: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kv_compression is not None or kv_compression_config is not None:
+            kwargs["additional_config"] = fold(
+                kwargs.get("additional_config"), kv_compression, kv_compression_config
+            )
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+def _with_compression(create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _given(self.additional_config)
+        if given is None:
+            return create(self, *args, **kwargs)
+        config = _checked(given)
+        vllm_config = create(self, *args, **kwargs)
+        # With the defaults filled in, for the logs and the configuration hash.
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            KEY: config.settings(),
+        }
+        from .enable import enable
+
+        enable(vllm_config, config)
+        return vllm_config
+
+    return create_engine_config

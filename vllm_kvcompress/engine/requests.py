@@ -1,0 +1,121 @@
+"""Per-request settings, from ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``).
+
+``{"kv_compression": "off"}`` leaves one prompt as it is, and
+``{"kv_compression_budget": 512}`` keeps fewer tokens of it than the server would.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import KEY, KVCompressionConfig
+from .args import config_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BUDGET_KEY = f"{KEY}_budget"
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What one request asks for.
+
+    Attributes:
+        enabled: Whether its prompt may be compressed.
+        budget: Upper bound on its budget in tokens, None = the server's.
+    """
+
+    enabled: bool = True
+    budget: int | None = None
+
+
+class RequestError(ValueError):
+    """A per-request setting that cannot be met.
+
+    Attributes:
+        field: The key in ``extra_args``.
+    """
+
+    def __init__(self, field: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{field}={value!r} is not possible; allowed: {allowed}")
+        self.field = field
+
+
+def request_settings(
+    extra_args: Mapping[str, Any] | None,
+    config: KVCompressionConfig,
+    block_size: int | None,
+) -> RequestSettings:
+    """Read and check one request's settings.
+
+    Args:
+        extra_args: Of the request; other plugins' keys are ignored.
+        config: Of the server.
+        block_size: Tokens per KV block, None if not known yet.
+
+    Raises:
+        RequestError: Unknown key, wrong type, or more than the server allows.
+    """
+    mine = {k: v for k, v in (extra_args or {}).items() if k.startswith(KEY)}
+    mode = mine.pop(KEY, None)
+    budget = mine.pop(BUDGET_KEY, None)
+    for key, value in mine.items():
+        raise RequestError(key, value, f"the keys {KEY} and {BUDGET_KEY}")
+    if mode not in (None, "on", "off", config.method):
+        raise RequestError(KEY, mode, f"'off', 'on' or {config.method!r}")
+    if budget is not None:
+        least = config.smallest_budget(block_size or 1)
+        if type(budget) is not int or not least <= budget <= (config.budget or budget):
+            most = "" if config.budget is None else f" to {config.budget}"
+            raise RequestError(BUDGET_KEY, budget, f"whole numbers from {least}{most}")
+    return RequestSettings(mode != "off", budget)
+
+
+@functools.cache
+def install() -> None:
+    """Check the requests of engines that compress, before an engine sees them."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    InputProcessor._validate_params = _checking_first(InputProcessor._validate_params)
+    AsyncLLM.generate = _checking_at_call(AsyncLLM.generate)
+
+
+def _check(vllm_config: "VllmConfig", params: Any) -> None:
+    """Raise what vLLM answers with HTTP 400."""
+    extra_args = getattr(params, "extra_args", None)
+    if not extra_args or (config := config_of(vllm_config)) is None:
+        return
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        request_settings(extra_args, config, vllm_config.cache_config.block_size)
+    except RequestError as error:
+        raise VLLMValidationError(str(error), parameter=error.field) from None
+
+
+def _checking_first(validate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(validate)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        _check(self.vllm_config, params)
+        return validate(self, params, *args, **kwargs)
+
+    return _validate_params
+
+
+def _checking_at_call(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Check when an answer is asked for, not when it is first iterated.
+
+    By then a streaming response has sent its status 200.
+    """
+
+    @functools.wraps(generate)
+    def checked(
+        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check(self.vllm_config, sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return checked

@@ -1,0 +1,205 @@
+"""`kvcompress bench`: a method against stock vLLM, same prompts, arms in turn."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bench_model import BenchModel, bench_model
+from .comparison import Comparison, comparison
+from .errors import ToolError
+from .shapes import SHAPES, Traffic, kv_space_bytes, limit
+from .trace import Measures, medians
+
+DEFAULT_BUDGET = 1024
+BUSY_LOAD = 0.5  # of other programs; the benchmark itself has not begun
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add = parser.add_argument
+    add("--method", required=True, help="the method to measure, such as snapkv")
+    add("--model", help="a checkpoint (default: a small random-weight Llama)")
+    add(
+        "--prompt-len",
+        type=positive,
+        default=16384,
+        help="tokens of a long prompt (default %(default)s)",
+    )
+    add("--budget", type=positive, help=f"tokens kept (default {DEFAULT_BUDGET})")
+    add("--config", default="{}", help="more settings of the method, as JSON")
+    add(
+        "--shapes",
+        default=",".join(SHAPES),
+        help="which shapes (default %(default)s)",
+    )
+    add("--requests", type=positive, help="requests (default: each shape's own)")
+    add("--max-tokens", type=positive, help="output tokens (default: the shape's)")
+    add("--kv-space", type=_gib, help="GiB for the KV cache (default: the shape's)")
+    add(
+        "--repeats",
+        type=positive,
+        default=1,
+        help="rounds of all arms, of which the medians count (default %(default)s)",
+    )
+    add("--json", type=Path, help="file to write the figures to")
+    add("--verbose", action="store_true", help="show vLLM's own output")
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _gib(text: str) -> float:
+    """Parse an amount of memory."""
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def method_settings(method: str, budget: int | None, config: str) -> dict[str, Any]:
+    """Fold the flags into the method's settings, checked, defaults filled in.
+
+    Raises:
+        ToolError: The plugin would refuse them.
+    """
+    from ..config import ConfigError, KVCompressionConfig
+
+    try:
+        settings = {"method": method, **json.loads(config)}
+    except (json.JSONDecodeError, TypeError):
+        raise ToolError(f"--config {config!r} is not a JSON object") from None
+    if budget is not None:
+        settings["budget"] = budget
+    elif "keep_ratio" not in settings:
+        settings.setdefault("budget", DEFAULT_BUDGET)
+    try:
+        return KVCompressionConfig.from_dict(settings).settings()
+    except ConfigError as error:
+        raise ToolError(str(error)) from None
+
+
+def kept_tokens(settings: Mapping[str, Any], prompt_len: int) -> int:
+    """How many tokens of a long prompt stay.
+
+    Raises:
+        ToolError: All of them; there would be nothing to measure.
+    """
+    kept = settings.get("budget") or int(settings["keep_ratio"] * prompt_len)
+    if kept >= prompt_len:
+        raise ToolError(
+            f"--prompt-len {prompt_len} must be above the {kept} tokens that are kept"
+        )
+    return kept
+
+
+def shape_names(text: str) -> list[str]:
+    """Split and check ``--shapes``.
+
+    Raises:
+        ToolError: An unknown name.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in SHAPES:
+            known = ", ".join(SHAPES)
+            raise ToolError(f"unknown shape {name!r}; allowed values: {known}")
+    return names
+
+
+@dataclass
+class _Bench:
+    """The runs of one call, and what they ran with."""
+
+    args: argparse.Namespace
+    method: Mapping[str, Any]
+    model: BenchModel
+    kept: int
+    add_task: Callable[[str], Callable[[float], None]]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def run_shape(self, name: str) -> Comparison:
+        """Measure all arms of one shape, in turn, as often as asked."""
+        args = self.args
+        sizes = (args.prompt_len, self.kept, args.requests, args.max_tokens)
+        traffic = SHAPES[name](*sizes)
+        arms = {"stock": traffic, "compressed": traffic}
+        if name == "long_decode":
+            arms["limit"] = limit(*sizes)
+        space = kv_space_bytes(traffic, self.model.token_bytes)
+        if args.kv_space:
+            space = int(args.kv_space * 2**30)
+        self.parameters[name] = {**asdict(traffic), "kv_space_bytes": space}
+        runs: dict[str, list[Measures]] = {arm: [] for arm in arms}
+        for _ in range(args.repeats):
+            for arm, sent in arms.items():
+                runs[arm].append(self._run_arm(name, arm, sent, space))
+        return comparison({arm: medians(each) for arm, each in runs.items()})
+
+    def _run_arm(self, shape: str, arm: str, traffic: Traffic, space: int) -> Measures:
+        from .arms import Job, compressed_arm, run_arm
+
+        model = self.model
+        job = Job(
+            llm={
+                "model": model.location,
+                "dtype": model.dtype,
+                "skip_tokenizer_init": True,
+                "max_model_len": traffic.prompt_len + traffic.max_tokens,
+                "kv_cache_memory_bytes": space,
+            },
+            passes=traffic.prompts(model.vocab_size),
+            warmup=traffic.warmup(model.vocab_size, self.kept),
+            max_tokens=traffic.max_tokens,
+        )
+        label = f"{shape} · {arm}"
+        result = run_arm(
+            label,
+            job,
+            compressed_arm(self.method) if arm == "compressed" else {},
+            report=self.add_task(label),
+            verbose=self.args.verbose,
+        )
+        self.engine = result.engine
+        return result.measures
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    method = method_settings(args.method, args.budget, args.config)
+    kept = kept_tokens(method, args.prompt_len)
+    names = shape_names(args.shapes)
+    from .environment import environment
+    from .report import progress_bars, show, task_adder
+
+    model = bench_model(args.model)
+    machine = environment()
+    if machine["load_before"] > BUSY_LOAD:
+        note = f"note: the machine is busy, load {machine['load_before']}; "
+        print(note + "its timings will mean little", file=sys.stderr)
+    with progress_bars() as bars:
+        bench = _Bench(args, method, model, kept, task_adder(bars))
+        shapes = {name: bench.run_shape(name) for name in names}
+    show(shapes)
+    if args.json:
+        document = {
+            "method": args.method,
+            "settings": {
+                "method": method,
+                "model": model.about,
+                "repeats": args.repeats,
+                "shapes": bench.parameters,
+            },
+            "environment": {**machine, **bench.engine},
+            "shapes": shapes,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 0

@@ -1,0 +1,91 @@
+"""The model that a benchmark runs: the user's, or a small random-weight Llama.
+
+Speed and memory depend on shapes only, so the weights need not mean anything.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ToolError
+
+OWN_FOLDER = Path("build/bench-model")
+OWN_SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+}
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """What the benchmark needs to know of a model.
+
+    Attributes:
+        location: Folder or hub name, for vLLM.
+        dtype: The checkpoint's own, such as ``float32``.
+        vocab_size: Prompts are drawn from it.
+        token_bytes: KV bytes of one token over all layers.
+        about: What the report says of the model; no paths.
+    """
+
+    location: str
+    dtype: str
+    vocab_size: int
+    token_bytes: int
+    about: dict[str, Any]
+
+
+def bench_model(location: str | None) -> BenchModel:
+    """Look at the user's model, or make our own.
+
+    Raises:
+        ToolError: There is no such model.
+    """
+    from transformers import AutoConfig
+
+    if location is None:
+        _make(OWN_FOLDER)
+    source = location or str(OWN_FOLDER)
+    try:
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ToolError(f"--model {source!r} cannot be read: {reason}") from None
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    vectors = 2 * config.num_hidden_layers * kv_heads  # a key and a value each
+    return BenchModel(
+        location=source,
+        dtype=str(config.dtype).removeprefix("torch."),
+        vocab_size=config.vocab_size,
+        token_bytes=vectors * head_dim * config.dtype.itemsize,
+        about={
+            "name": Path(location).name if location else "random-weight Llama",
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "query_heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+        },
+    )
+
+
+def _make(folder: Path) -> None:
+    """Write our own model, unless it is there already."""
+    if (folder / "model.safetensors").exists():
+        return
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**OWN_SHAPE)).float().save_pretrained(folder)
