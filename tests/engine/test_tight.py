@@ -23,7 +23,7 @@ from tests.engine.conftest import (
 )
 from vllm_kvcompress import stats
 
-POOL = 40
+POOL = 44
 SETTINGS = {"method": "snapkv", "budget": 96, "window": 16}
 LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
 
@@ -40,7 +40,7 @@ def unhurried(llama: Any) -> list[Answer]:
 @pytest.fixture(
     scope="module", params=[True, False], ids=["prefix-cache", "no-prefix-cache"]
 )
-def tight(llama: Any, request: Any) -> Iterator[Any]:
+def tight(llama: Any, unhurried: Any, request: Any) -> Iterator[Any]:
     with engine(
         llama,
         additional_config={"kv_compression": SETTINGS},

@@ -54,7 +54,8 @@ class CompressedScheduler(Scheduler):
         # Request id -> groups that are still to be compressed.
         self._open: dict[str, set[int]] = {}
         self._skipped: Counter[str] = Counter()
-        self.compression_totals = Counters()
+        # Counted since the last statistics message.
+        self._unsent = Counters()
         self._hit_limit: int | None = None
         self._limit_prefix_hits()
         self._log_capacity()
@@ -190,7 +191,7 @@ class CompressedScheduler(Scheduler):
             if end >= prompt and (groups := self._compress(request)):
                 compress[request_id] = groups
         skipped, self._skipped = dict(self._skipped), Counter()
-        self.compression_totals.add(Counters(skipped=skipped))
+        self._unsent.add(Counters(skipped=skipped))
         return StepPlan(observe, compress, skipped)
 
     def _compress(self, request: Request) -> dict[int, Compress]:
@@ -229,14 +230,14 @@ class CompressedScheduler(Scheduler):
                     f"{KEY}: the worker executed {report.compressions} of "
                     f"{expected} planned compressions"
                 )
-            self.compression_totals.add(report)
+            self._unsent.add(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics with the compression totals attached."""
+        """vLLM's statistics with ours attached."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            metrics.attach(stats, self.compression_totals)
+            metrics.attach(stats, self._unsent)
         return stats
 
 
