@@ -107,5 +107,7 @@ def _sentence(error: ValidationError, method: str, allowed: list[str]) -> str:
             f"{KEY}: unknown key {key!r} for {method}; "
             f"allowed keys: {', '.join(allowed)}"
         )
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    reason = (
+        first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    )
     return f"{KEY}: {key}={first['input']!r} {reason[0].lower()}{reason[1:]}"

@@ -24,7 +24,9 @@ SETTINGS = {"method": "snapkv", "budget": BUDGET, "window": WINDOW, "kernel_size
 @pytest.fixture(scope="module")
 def llm(llama: Any) -> Iterator[Any]:
     with engine(
-        llama, additional_config={"kv_compression": SETTINGS}, max_num_batched_tokens=512
+        llama,
+        additional_config={"kv_compression": SETTINGS},
+        max_num_batched_tokens=512,
     ) as e:
         yield e
 

@@ -32,9 +32,7 @@ LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
 def unhurried(llama: Any) -> list[Answer]:
     """Each request alone in ample space."""
     with engine(llama, additional_config={"kv_compression": SETTINGS}) as llm:
-        return [
-            generate(llm, [prompt(n, seed=n)], 150)[0] for n in LENGTHS
-        ]
+        return [generate(llm, [prompt(n, seed=n)], 150)[0] for n in LENGTHS]
 
 
 @pytest.fixture(
@@ -67,9 +65,7 @@ def _preemptions(llm: Any) -> list[str]:
     return seen
 
 
-def test_preempted_answers_equal_unhurried(
-    tight: Any, unhurried: list[Answer]
-) -> None:
+def test_preempted_answers_equal_unhurried(tight: Any, unhurried: list[Answer]) -> None:
     before, preempted = free_blocks(tight), _preemptions(tight)
     answers = generate(tight, [prompt(n, seed=n) for n in LENGTHS], 150)
     assert preempted, "the pool was not tight enough to test anything"

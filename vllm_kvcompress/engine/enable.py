@@ -7,7 +7,7 @@ worker classes. Nothing of vLLM is replaced.
 from vllm.config import VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
-from . import metrics, requests
+from . import compat, metrics, requests
 from .worker import WORKERS
 
 
@@ -19,11 +19,12 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     """
     for setting, way_out in _refusals(vllm_config, config):
         raise ConfigError(f"{KEY} does not work with {setting}; {way_out}")
+    compat.check_engine()
     scheduler = vllm_config.scheduler_config
-    name = "CompressedAsyncScheduler" if scheduler.async_scheduling else (
-        "CompressedScheduler"
+    kind = "Async" if scheduler.async_scheduling else ""
+    scheduler.scheduler_cls = (
+        f"vllm_kvcompress.engine.scheduler.Compressed{kind}Scheduler"
     )
-    scheduler.scheduler_cls = f"vllm_kvcompress.engine.scheduler.{name}"
     parallel = vllm_config.parallel_config
     worker = WORKERS[parallel.worker_cls]
     parallel.worker_cls = f"vllm_kvcompress.engine.worker.{worker}"

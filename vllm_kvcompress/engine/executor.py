@@ -8,6 +8,7 @@ blocks, and their rows of the block table shortened.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -53,7 +54,7 @@ class ObservationWindow:
 class _Group:
     """One compressed KV cache group of this worker."""
 
-    layers: list[torch.nn.Module]
+    layers: list[Any]
     block_size: int
     rows: RowShift
 
@@ -73,7 +74,7 @@ class CompressionExecutor:
     def bind(
         self,
         kv_cache_config: KVCacheConfig,
-        layers: dict[str, torch.nn.Module],
+        layers: dict[str, Any],
         max_num_reqs: int,
     ) -> None:
         """Learn the groups once KV caches exist.
@@ -165,7 +166,7 @@ class CompressionExecutor:
     @torch.inference_mode()
     def _compress(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         request_id: str,
         row: torch.Tensor,
         directive: Compress,

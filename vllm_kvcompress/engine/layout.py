@@ -8,6 +8,7 @@ own writer, so it holds for every instruction set.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
@@ -100,7 +101,7 @@ class PageLayout:
         kv_cache[blocks] = pages.transpose(0, 1).unflatten(2, kv_cache.shape[2:])
 
 
-def page_layout(layer: torch.nn.Module) -> PageLayout:
+def page_layout(layer: Any) -> PageLayout:
     """The layout of an attention layer's bound KV cache."""
     cache = layer.kv_cache
     block_size, head_size = cache.shape[2], cache.shape[3] // 2

@@ -8,7 +8,6 @@ request. Buffers persist, since full CUDA graphs capture their addresses.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -21,6 +20,7 @@ class RowShift:
         self._device = device
         self._shift_of: dict[str, int] = {}
         self._rows: Sequence[str] = ()
+        self._aimed: tuple[list[int], int, int, int] | None = None
         self._table: torch.Tensor | None = None
         self._lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
 
@@ -40,12 +40,23 @@ class RowShift:
         """Name the rows of the coming batch; () for a dummy batch."""
         self._rows = request_ids
 
-    def _shifts(self, num_rows: int) -> np.ndarray:
-        shifts = np.zeros(num_rows, dtype=np.int32)
-        if self._shift_of:
-            for row, request_id in enumerate(self._rows):
-                shifts[row] = self._shift_of.get(request_id, 0)
-        return shifts
+    def _aim(self, rows: int, width: int, block_size: int) -> bool:
+        """Bring ``_tokens`` and ``_source`` up to date with the batch's rows.
+
+        Returns:
+            Whether any row is shifted.
+        """
+        shifts = [self._shift_of.get(request_id, 0) for request_id in self._rows]
+        aim = (shifts, rows, width, block_size)
+        if aim != self._aimed:  # rows change far less often than steps are run
+            self._aimed = aim
+            self._tokens_cpu = torch.zeros(rows, dtype=torch.int32)
+            self._tokens_cpu[: len(shifts)] = torch.tensor(shifts, dtype=torch.int32)
+            self._tokens = self._tokens_cpu.to(self._device)
+            column = torch.arange(width, device=self._device)
+            blocks = (self._tokens // block_size)[:, None]
+            self._source = (column + blocks).clamp_(max=width - 1)
+        return any(shifts)
 
     def physical(
         self, common: CommonAttentionMetadata, block_size: int
@@ -58,28 +69,23 @@ class RowShift:
         """
         table = common.block_table_tensor
         rows, width = table.shape
-        shifts = self._shifts(rows)
-        if self._device.type == "cpu" and not shifts.any():
+        shifted = self._aim(rows, width, block_size)
+        if not shifted and self._device.type == "cpu":
             return common  # no graph has captured an address here
         if self._table is None:
             self._table = torch.zeros(
                 self._max_num_reqs, width, dtype=table.dtype, device=self._device
             )
-        on_cpu = torch.from_numpy(shifts)
-        tokens = on_cpu.to(self._device, non_blocking=True)
-        column = torch.arange(width, device=self._device)
-        source = (column + (tokens // block_size)[:, None]).clamp_(max=width - 1)
         lens_bound = common.seq_lens_cpu_upper_bound
         longest = common.max_seq_len
-        if lens_bound is not None:
-            lens_bound = lens_bound - on_cpu
-            if shifts.any():
-                longest = int(lens_bound.max())
+        if shifted and lens_bound is not None:
+            lens_bound = lens_bound - self._tokens_cpu
+            longest = int(lens_bound.max())
         return common.replace(
             block_table_tensor=torch.gather(
-                table, 1, source, out=self._table[:rows, :width]
+                table, 1, self._source, out=self._table[:rows, :width]
             ),
-            seq_lens=torch.sub(common.seq_lens, tokens, out=self._lens[:rows]),
+            seq_lens=torch.sub(common.seq_lens, self._tokens, out=self._lens[:rows]),
             seq_lens_cpu_upper_bound=lens_bound,
             max_seq_len=longest,
             _num_computed_tokens_cache=None,

@@ -11,13 +11,16 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..config import KEY, KVCompressionConfig
 from ..plan import Counters
+from . import compat
 from .executor import CompressionExecutor
 
 
 def compress_runner(runner: Any, config: KVCompressionConfig) -> None:
     """Turn a model runner, V1 or V2, into one that compresses."""
     base = type(runner)
-    version = RunnerV2 if runner.vllm_config.use_v2_model_runner else RunnerV1
+    use_v2 = runner.vllm_config.use_v2_model_runner
+    compat.check_runner(use_v2)
+    version = RunnerV2 if use_v2 else RunnerV1
     runner.__class__ = type(f"Compressed{base.__name__}", (version, base), {})
     runner.compression = CompressionExecutor(config, torch.device(runner.device))
 
@@ -46,7 +49,9 @@ class _Runner:
                     )
                 builder.row_shift = row_shift
 
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(
+        self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         self._plan = getattr(scheduler_output, "kv_compression", None)
         try:
             return super().execute_model(  # type: ignore[misc]

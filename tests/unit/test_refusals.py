@@ -1,0 +1,91 @@
+"""What does not work with compression is refused before an engine starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress import register
+from vllm_kvcompress.config import ConfigError
+
+SETTINGS = {"method": "snapkv", "budget": 256, "window": 32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> Path:
+    """A Llama's config.json: enough for a configuration."""
+    path = tmp_path_factory.mktemp("config")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 1024,
+        "torch_dtype": "float32",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _config(model: Path, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        additional_config={"kv_compression": {**SETTINGS, **(settings or {})}},
+        **{"block_size": 32, **kwargs},
+    )
+    return args.create_engine_config()
+
+
+def test_accepted(model: Path) -> None:
+    config = _config(model)
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "CompressedScheduler"
+    assert config.parallel_config.worker_cls.endswith("CompressedCPUWorker")
+    assert config.additional_config["kv_compression"]["kernel_size"] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "kwargs", "words"),
+    [
+        ({"budget": 50}, {}, ["budget=50", "at least 63", "--block-size"]),
+        ({}, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ["speculative decoding", "--speculative-config"],
+        ),
+        ({}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
+        (
+            {},
+            {"disable_hybrid_kv_cache_manager": True},
+            ["--disable-hybrid-kv-cache-manager"],
+        ),
+        (
+            {},
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            ["--scheduler-cls"],
+        ),
+        ({}, {"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
+        ({}, {"long_prefill_token_threshold": 8}, ["chunks of 8", "window of 32"]),
+        ({}, {"runner": "pooling"}, ["pooling models"]),
+    ],
+    ids=lambda value: "",
+)
+def test_refused(
+    model: Path, settings: dict[str, Any], kwargs: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        _config(model, settings, **kwargs)
+    message = str(error.value)
+    assert message.startswith("kv_compression does not work with ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
