@@ -1,16 +1,15 @@
-"""vLLM's scheduler and ours, over workers whose memory knows what it holds.
+"""Workers whose memory knows what it holds, for simulations of the scheduler.
 
-Scheduler, managers, block pool, plan, our halves of the model runners, the executor
-and its row shifts are the real ones. Model and KV cache are shadows: each slot of each
-block remembers *which* KV it holds, so what a worker would read can be compared with
-what the request needs. A broken invariant raises `Violation`.
+Our halves of the model runners, the executor and its row shifts are the real ones.
+Model and KV cache are shadows: each slot of each block remembers *which* KV it holds,
+so what attention would read is compared with what the request needs. A broken
+invariant raises `Violation`.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import torch
@@ -22,14 +21,10 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.executor import CompressionExecutor
-from vllm_kvcompress.engine.runner import RunnerV1, RunnerV2
-from vllm_kvcompress.engine.scheduler import (
-    CompressedAsyncScheduler,
-    CompressedScheduler,
-)
+from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.plan import Compress
 
-BLOCK = 4
+BLOCK = 4  # tokens
 STOP, VOCAB = 0, 50
 Slot = tuple[int, ...]
 
@@ -73,9 +68,9 @@ class Life:
     computed: int = 0
     kept: dict[int, Compress] = field(default_factory=dict)
 
-    def compute(self, count: int) -> range:
-        """Go on by ``count`` tokens, and return their positions."""
-        new = range(self.computed, self.computed + count)
+    def compute(self, tokens: int) -> range:
+        """Go on by some tokens, and return their positions."""
+        new = range(self.computed, self.computed + tokens)
         require(new.stop <= len(self.tokens), "a token is scheduled that is unknown")
         mark = (self.uid,) if self.kept else ()
         links = chain(self.tokens)[new.start : new.stop]
@@ -88,28 +83,6 @@ class Life:
         """What the private blocks have to hold, the i-th kept token as ``-i``."""
         blocks = self.kept[group].destination if group in self.kept else ()
         return [(group, -i, self.uid) for i in range(len(blocks) * BLOCK)]
-
-
-class BlockTable:
-    """One group's rows. V2 stages writes, and makes them in no particular order."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        self.gpu = torch.zeros(rows, width, dtype=torch.int32)
-        self.filled = [0] * rows
-        self.staged: dict[tuple[int, int], int] = {}
-
-    def get_numpy_array(self) -> np.ndarray:
-        return self.gpu.numpy()
-
-    def stage_write(self, row: int, start: int, blocks: list[int]) -> None:
-        for entry, block in enumerate(blocks, start):
-            require((row, entry) not in self.staged, "two staged writes race")
-            self.staged[row, entry] = block
-
-    def apply(self) -> None:
-        for place, block in self.staged.items():
-            self.gpu[place] = block
-        self.staged.clear()
 
 
 class Executor(CompressionExecutor):
@@ -139,23 +112,21 @@ class Worker:
     def __init__(
         self, vllm_config: VllmConfig, kv_config: KVCacheConfig, pool: BlockPool
     ) -> None:
-        groups = kv_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in kv_config.kv_cache_groups]
         num_rows = vllm_config.scheduler_config.max_num_seqs
         width = -(-vllm_config.model_config.max_model_len // BLOCK)
-        self.device, self.pool = torch.device("cpu"), pool
-        self.attention_spans = [
-            getattr(group.kv_cache_spec, "sliding_window", None) for group in groups
-        ]
-        self.memory: list[list[Slot | None]] = [
-            [None] * BLOCK for _ in range(kv_config.num_blocks)
-        ]
+        self.spans = [getattr(spec, "sliding_window", None) for spec in specs]
+        self.pool = pool
+        self.memory: list[list[Any]] = [[None] * BLOCK for _ in pool.blocks]
         self.lives: dict[str, Life] = {}
-        self.lives_begun = 0
+        self.uids = count(1)
         self.rows: dict[str, int] = {}
         self.free_rows = list(range(num_rows))
-        self.tables = [BlockTable(num_rows, width) for _ in groups]
-        self.layers = [SimpleNamespace(group=group) for group in range(len(groups))]
+        rows = [torch.zeros(num_rows, width, dtype=torch.int32) for _ in specs]
+        self.tables = [SimpleNamespace(gpu=t, get_numpy_array=t.numpy) for t in rows]
+        self.layers = [SimpleNamespace(group=group) for group in range(len(specs))]
         config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
+        self.device = torch.device("cpu")
         self.compression = Executor(config, self.device)
         self.compression.worker = self
         layers = {str(layer.group): layer for layer in self.layers}
@@ -168,111 +139,109 @@ class Worker:
             req_ids=[], req_id_to_index=self.rows, block_table=self.tables
         )
 
-    # State, as vLLM's runners keep it ----------------------------------------
+    # Requests ------------------------------------------------------------------
 
-    def _begin(self, request_id: str, tokens: Any, prompt: int, hits: int) -> None:
-        self.lives_begun += 1
+    def _begin(self, new: Any, tokens: list[int]) -> None:
+        """Start a life, of a new request or of one that comes back."""
         slots: list[list[Slot]] = [[] for _ in self.tables]
-        life = Life(self.lives_begun, list(tokens), prompt, slots)
-        life.compute(hits)
-        self.lives[request_id] = life
+        life = Life(next(self.uids), list(tokens), new.prompt_len, slots)
+        life.compute(new.num_computed_tokens)
+        self.lives[new.req_id] = life
+        blocks = [list(ids) for ids in new.block_ids]
+        self.requests[new.req_id] = SimpleNamespace(block_ids=blocks)
 
-    def _append(self, request_id: str, blocks: Any, start: int | None = None) -> None:
-        if request_id not in self.rows:
-            self.rows[request_id] = self.free_rows.pop()
-        row = self.rows[request_id]
-        for table, ids in zip(self.tables, blocks or (), strict=False):
-            first = table.filled[row] if start is None else start
-            table.filled[row] = first + len(ids)
-            table.stage_write(row, first, ids)
+    def _append(self, request_id: str, blocks: Any) -> None:
+        """Add blocks to a request, and to its row."""
+        state = self.requests[request_id]
+        for table, mine, new in zip(
+            self.tables, state.block_ids, blocks or (), strict=False
+        ):
+            mine += new
+            if (row := self.rows.get(request_id)) is not None:
+                start = len(mine) - len(new)
+                table.gpu[row, start : len(mine)] = torch.tensor(new).int()
 
-    def _leave_row(self, request_id: str) -> None:
+    def _enter(self, request_id: str) -> None:
+        """Give a request a row."""
+        row = self.rows[request_id] = self.free_rows.pop()
+        state = self.requests[request_id]
+        for table, ids in zip(self.tables, state.block_ids, strict=True):
+            table.gpu[row, : len(ids)] = torch.tensor(ids).int()
+
+    def _leave(self, request_id: str) -> None:
         if request_id in self.rows:
             self.free_rows.append(self.rows.pop(request_id))
 
     def _update_states(self, out: SchedulerOutput) -> None:
-        """V1: who is not scheduled leaves the batch, and is written anew later."""
-        cached = out.scheduled_cached_reqs
+        """V1: a row lives as long as its request is scheduled in each step."""
+        cached, scheduled = out.scheduled_cached_reqs, out.num_scheduled_tokens
         for request_id in out.finished_req_ids:
-            self.requests.pop(request_id, None)
             self.lives.pop(request_id, None)
-        stay = out.num_scheduled_tokens.keys() - cached.resumed_req_ids
-        for request_id in self.rows.keys() - (stay - out.finished_req_ids):
-            self._leave_row(request_id)
+        left = self.rows.keys() - scheduled.keys() | cached.resumed_req_ids
+        for request_id in sorted(left | out.finished_req_ids):
+            self._leave(request_id)
         for new in out.scheduled_new_reqs:
-            self.requests[new.req_id] = SimpleNamespace(block_ids=new.block_ids)
-            tokens, hits = new.prompt_token_ids, new.num_computed_tokens
-            self._begin(new.req_id, tokens, new.prompt_len, hits)
+            self._begin(new, new.prompt_token_ids)
         for i, request_id in enumerate(cached.req_ids):
-            blocks = cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
-                self.requests[request_id].block_ids = blocks
-                self._begin(
-                    request_id,
-                    cached.all_token_ids[request_id],
-                    self.lives[request_id].prompt,
-                    cached.num_computed_tokens[i],
+                again = SimpleNamespace(
+                    req_id=request_id,
+                    prompt_len=self.lives[request_id].prompt,
+                    num_computed_tokens=cached.num_computed_tokens[i],
+                    block_ids=cached.new_block_ids[i],
                 )
-                continue
-            state = self.requests[request_id]
-            for mine, ids in zip(state.block_ids, blocks or (), strict=False):
-                mine.extend(ids)
-            if request_id in self.rows:
-                self._append(request_id, blocks)
-        for request_id in out.num_scheduled_tokens.keys() - self.rows.keys():
-            self._append(request_id, self.requests[request_id].block_ids, 0)
+                self._begin(again, cached.all_token_ids[request_id])
+            else:
+                self._append(request_id, cached.new_block_ids[i])
+        for request_id in scheduled:
+            if request_id not in self.rows:
+                self._enter(request_id)
         self.input_batch.req_ids = sorted(self.rows, key=lambda r: self.rows[r])
 
     def _remove_request(self, request_id: str) -> bool:
         """V2."""
-        self._leave_row(request_id)
+        self._leave(request_id)
         return self.lives.pop(request_id, None) is not None
 
     def _update_requests(self, out: SchedulerOutput) -> None:
         """V2: preempted requests are removed, and come back as new ones."""
-        for request_id in sorted(
-            out.finished_req_ids | (out.preempted_req_ids or set())
-        ):
+        cached = out.scheduled_cached_reqs
+        left = out.finished_req_ids | (out.preempted_req_ids or set())
+        for request_id in sorted(left):
             self._remove_request(request_id)
         for new in out.scheduled_new_reqs:
             self._remove_request(new.req_id)
-            tokens, hits = new.prefill_token_ids, new.num_computed_tokens
-            self._begin(new.req_id, tokens, new.prompt_len, hits)
-            self._append(new.req_id, new.block_ids, 0)
-        cached = out.scheduled_cached_reqs
-        for request_id, blocks in zip(
-            cached.req_ids, cached.new_block_ids, strict=True
-        ):
-            self._append(request_id, blocks)
+            self._begin(new, new.prefill_token_ids)
+            self._enter(new.req_id)
+        for request_id, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            self._append(request_id, ids)
         self.input_batch.req_ids = list(out.num_scheduled_tokens)
 
     def _prepare_inputs(self, out: SchedulerOutput, counts: np.ndarray) -> None:
-        """V1: ours goes first."""
+        """V1, after ours."""
 
-    def prepare_attn(self, input_batch: Any) -> None:
-        """V2: ours goes first."""
+    def prepare_attn(self, batch: Any) -> None:
+        """V2, after ours."""
 
-    # A step -------------------------------------------------------------------
+    # Steps ---------------------------------------------------------------------
 
     def execute_model(self: Any, out: SchedulerOutput) -> ModelRunnerOutput | None:
         """Write the batch's tokens, show its queries, and read as attention does."""
         v1 = isinstance(self, RunnerV1)
         self._update_states(out) if v1 else self._update_requests(out)
-        for table in self.tables:
-            table.apply()
         batch = self.input_batch.req_ids
+        counts = np.array([out.num_scheduled_tokens[r] for r in batch])
         if not batch:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        counts = np.array([out.num_scheduled_tokens[r] for r in batch])
         if v1:
             self._prepare_inputs(out, counts)
         else:
-            step = SimpleNamespace(req_ids=batch, num_scheduled_tokens=counts)
-            self.prepare_attn(step)
+            rows = SimpleNamespace(req_ids=batch, num_scheduled_tokens=counts)
+            self.prepare_attn(rows)
         queries = []
-        for request_id, count in zip(batch, counts.tolist(), strict=True):
+        for request_id, tokens in zip(batch, counts.tolist(), strict=True):
             life, row = self.lives[request_id], self.rows[request_id]
-            for position in life.compute(count):
+            for position in life.compute(tokens):
                 queries.append((life.uid, position))
                 for table, slots in zip(self.tables, life.slots, strict=True):
                     block = int(table.gpu[row, position // BLOCK])
@@ -281,70 +250,46 @@ class Worker:
         for layer in self.layers:
             if window := getattr(layer, "observation_window", None):
                 window.capture(torch.tensor(queries))
-        for request_id, count in zip(batch, counts.tolist(), strict=True):
-            for group in range(len(self.tables)):
-                self._attend(request_id, group, count)
+        for group in range(len(self.tables)):
+            self._attend(group, batch, counts.tolist())
         return None
 
-    def _attend(self, request_id: str, group: int, count: int) -> None:
-        """Read a row as kernels do: shifted left, and shorter."""
-        life, shift = self.lives[request_id], self.compression.row_shift(group)
-        shifted = shift.get(request_id) if shift else 0
-        replaced = life.kept[group].end_block if group in life.kept else 0
-        wanted = life.private(group) + life.slots[group][replaced * BLOCK :]
-        length = life.computed - shifted
-        require(length == len(wanted), "length", length, "not", len(wanted))
-        span = self.attention_spans[group] or length
-        first = max(0, length - count - span + 1) // BLOCK
-        row = self.tables[group].gpu[self.rows[request_id]].tolist()
-        blocks = row[shifted // BLOCK :][first : -(-length // BLOCK)]
-        self.expect(blocks, wanted[first * BLOCK :], f"{request_id} group {group}")
+    def _attend(self, group: int, batch: list[str], counts: list[int]) -> None:
+        """Read the rows as kernels do: shifted left, and shorter."""
+        lens = torch.tensor([self.lives[r].computed for r in batch]).int()
+        seen = SimpleNamespace(
+            block_table_tensor=self.tables[group].gpu[[self.rows[r] for r in batch]],
+            seq_lens=lens,
+            seq_lens_cpu_upper_bound=lens,
+            max_seq_len=int(lens.max()),
+            replace=lambda **fields: SimpleNamespace(**fields),
+        )
+        if shift := self.compression.row_shift(group):
+            seen = shift.physical(seen, BLOCK)
+        rows, lengths = seen.block_table_tensor.tolist(), seen.seq_lens.tolist()
+        for i, (request_id, row) in enumerate(zip(batch, rows, strict=True)):
+            life, length = self.lives[request_id], lengths[i]
+            replaced = life.kept[group].end_block if group in life.kept else 0
+            wanted = life.private(group) + life.slots[group][replaced * BLOCK :]
+            fits = length == len(wanted) <= seen.max_seq_len
+            require(fits, "length", length, "instead of", len(wanted))
+            span = self.spans[group] or length
+            first = max(0, length - counts[i] - span + 1) // BLOCK
+            what = f"{request_id} group {group}"
+            blocks = row[first : -(-length // BLOCK)]
+            self.expect(blocks, wanted[first * BLOCK :], what)
 
     def expect(self, blocks: list[int], wanted: list[Slot], what: str) -> None:
-        """What a worker reads is still held, and is what it needs."""
+        """Invariants 3 and 7: what is read is still held, and is what is needed."""
         for block in blocks:
-            require(self.pool.blocks[block].ref_cnt > 0, what, "read", block, "is free")
+            require(self.pool.blocks[block].ref_cnt > 0, what, "reads free", block)
         found = [slot for block in blocks for slot in self.memory[block]]
         require(found[: len(wanted)] == wanted, what, found, "instead of", wanted)
 
     def sample_tokens(self) -> ModelRunnerOutput:
-        batch = list(self.input_batch.req_ids)
-        sampled = []
+        batch, sampled = list(self.input_batch.req_ids), []
         for life in (self.lives[request_id] for request_id in batch):
             whole = life.computed == len(life.tokens)
             sampled.append([answer(life.tokens)] if whole else [])
             life.tokens += sampled[-1]
         return ModelRunnerOutput(batch, {r: i for i, r in enumerate(batch)}, sampled)
-
-
-class Engine:
-    """vLLM's engine core: one step at a time, or two in flight."""
-
-    def __init__(
-        self, vllm_config: VllmConfig, kv_config: KVCacheConfig, runner: type
-    ) -> None:
-        depth = 2 if vllm_config.scheduler_config.async_scheduling else 1
-        cls = (CompressedScheduler, CompressedAsyncScheduler)[depth - 1]
-        self.scheduler = cls(
-            vllm_config=vllm_config,
-            kv_cache_config=kv_config,
-            structured_output_manager=Mock(),
-            block_size=BLOCK,
-        )
-        self.scheduler.use_v2_model_runner = runner is RunnerV2
-        pool = self.scheduler.kv_cache_manager.block_pool
-        self.worker = type("Runner", (runner, Worker), {})(vllm_config, kv_config, pool)
-        self.depth = depth
-        self.flying: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
-
-    def schedule(self) -> SchedulerOutput:
-        """Plan and run a step; a worker is never more than a queue behind."""
-        out = self.scheduler.schedule()
-        result = self.worker.execute_model(out) or self.worker.sample_tokens()
-        self.flying.append((out, result))
-        return out
-
-    def update(self) -> None:
-        """Deliver the oldest step, if nothing else is to be done before."""
-        if len(self.flying) == self.depth or not self.scheduler.has_requests():
-            self.scheduler.update_from_output(*self.flying.popleft())

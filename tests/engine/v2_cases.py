@@ -1,8 +1,9 @@
-"""Cases for `test_v2`, run as a script: see `CASES`, results are JSON on stdout.
+"""Cases for `test_v2`, run as a script: results are JSON in a file.
 
-A runner has a process to itself, since `v2_harness` changes it for good.
+Every runner has a process to itself, since `v2_harness` changes it for good.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ WINDOW, BUDGET = 16, 64
 SETTINGS = {"method": "snapkv", "budget": BUDGET, "window": WINDOW, "kernel_size": 5}
 LENGTHS = [330, 131, 64, 227, 290]
 COUNT = 40
-POOL = 18
+TIGHT_POOL = 15
 
 
 class Kept:
@@ -28,7 +29,7 @@ class Kept:
 
     Attributes:
         of: Request number -> layers in order, ``[kv_heads, tokens]``; a request
-            compressed twice, before and after a preemption, has both.
+            that is preempted later and compressed again has them twice.
     """
 
     def __init__(self) -> None:
@@ -53,25 +54,109 @@ class Kept:
         executor.select = recording_select
 
 
-class Overlap:
-    """The most steps that were scheduled and not yet processed."""
+class Watch:
+    """Counts what an engine does.
 
-    def __init__(self, scheduler: Any) -> None:
-        self.most, self._now = 0, 0
-        schedule, update = scheduler.schedule, scheduler.update_from_output
+    Attributes:
+        overlap: The most steps that were scheduled and not yet processed.
+        preempted: Preemptions.
+        compressed: Steps that compressed something.
+        one_token_ends: Steps in which a window's last token came alone.
+        hidden: Steps with an observed query that may run as a decode's full CUDA
+            graph, where Python sees no query.
+        clashes: Block-table entries written twice in one launch (V2), in which
+            a GPU keeps no order.
+    """
 
-        def counting_schedule(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self._now += 1
-            self.most = max(self.most, self._now)
-            return output
+    def __init__(self, llm: Any) -> None:
+        core = llm.llm_engine.engine_core.engine_core
+        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.scheduler = core.scheduler
+        self.batch_queue = core.batch_queue is not None
+        self.overlap = self.preempted = self.compressed = 0
+        self.one_token_ends = self.hidden = self.clashes = 0
+        self._in_flight = 0
+        self._observes = False
+        self._wrap(self.scheduler, "schedule", after=self._scheduled)
+        self._wrap(self.scheduler, "update_from_output", after=self._processed)
+        self._wrap(self.scheduler, "_preempt_request", after=self._preempt)
+        if hasattr(self.runner, "gather_batch_req_state"):
+            self._wrap(self.runner, "gather_batch_req_state", after=self._gathered)
+            for table in self.runner.block_tables.block_tables:
+                self._count_clashes(table)
+        else:
+            dispatcher = self.runner.cudagraph_dispatcher
+            self._wrap(dispatcher, "dispatch", after=self._dispatched)
 
-        def counting_update(*args: Any, **kwargs: Any) -> Any:
-            self._now -= 1
-            return update(*args, **kwargs)
+    @staticmethod
+    def _wrap(owner: Any, name: str, after: Any) -> None:
+        original = getattr(owner, name)
 
-        scheduler.schedule = counting_schedule
-        scheduler.update_from_output = counting_update
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            after(result, **kwargs)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def _scheduled(self, output: Any, **_: Any) -> None:
+        self._in_flight += 1
+        self.overlap = max(self.overlap, self._in_flight)
+        plan = getattr(output, "kv_compression", None)
+        observed = plan.observe if plan else {}
+        self.compressed += bool(plan and plan.compress)
+        self._observes = bool(observed)
+        self.one_token_ends += any(
+            output.num_scheduled_tokens[r] == 1 and r in plan.compress for r in observed
+        )
+
+    def _processed(self, *_: Any, **__: Any) -> None:
+        self._in_flight -= 1
+
+    def _preempt(self, *_: Any, **__: Any) -> None:
+        self.preempted += 1
+
+    def _gathered(self, result: Any, **_: Any) -> None:
+        self.hidden += self._observes and result[1] is not None
+
+    def _dispatched(self, _: Any, uniform_decode: bool, **__: Any) -> None:
+        self.hidden += self._observes and uniform_decode
+
+    def _count_clashes(self, table: Any) -> None:
+        apply_write = table.apply_write
+
+        def counting_apply_write() -> None:
+            ends = table._staged_write_cu_lens
+            written = [
+                (row, first + offset)
+                for row, first, (begin, end) in zip(
+                    table._staged_write_indices,
+                    table._staged_write_starts,
+                    itertools.pairwise([0, *ends]),
+                    strict=True,
+                )
+                for offset in range(end - begin)
+            ]
+            self.clashes += len(written) - len(set(written))
+            apply_write()
+
+        table.apply_write = counting_apply_write
+
+    def summary(self) -> dict[str, Any]:
+        """The counts, and which classes are at work."""
+        groups = [group for groups in self.runner.attn_groups for group in groups]
+        return {
+            # Ours, its two mix-ins, then vLLM's.
+            "runner": type(self.runner).__mro__[3].__module__,
+            "scheduler": type(self.scheduler).__name__,
+            "backends": [group.backend.__name__ for group in groups],
+            "batch_queue": self.batch_queue,
+            "overlap": self.overlap,
+            "preempted": self.preempted,
+            "one_token_ends": self.one_token_ends,
+            "hidden": self.hidden,
+            "clashes": self.clashes,
+        }
 
 
 class Cases:
@@ -95,53 +180,29 @@ class Cases:
         with engine(self._model, **settings) as llm:
             yield llm
 
-    def _about(self, llm: Any) -> dict[str, Any]:
-        """Which of vLLM's classes are at work."""
-        core = llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
-        return {
-            "runner": type(runner).__mro__[3].__module__,
-            "scheduler": type(core.scheduler).__name__,
-            "batch_queue": core.batch_queue is not None,
-            "backends": [
-                group.backend.__name__
-                for groups in runner.attn_groups
-                for group in groups
-            ],
-        }
-
-    def _generate(
+    def _answers(
         self, llm: Any, lengths: list[int], count: int = COUNT
-    ) -> dict[str, Any]:
+    ) -> list[dict[str, Any]]:
         """Answers, and how far their logprobs are from the dense model's."""
         import torch
 
         from tests.dense import DenseLlama
-        from tests.engine.conftest import BLOCK, free_blocks, generate, prompt, scheduler
+        from tests.engine.conftest import BLOCK, free_blocks, generate, prompt
 
         self._kept.of.clear()
-        sched = scheduler(llm)
-        overlap, preempted = Overlap(sched), []
-        preempt = sched._preempt_request
-
-        def counting_preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        sched._preempt_request = counting_preempt
         before = free_blocks(llm)
         answers = generate(llm, [prompt(n, seed=n) for n in lengths], count)
-        leaked = before - free_blocks(llm)
+        assert free_blocks(llm) == before, "blocks leaked"
         model = DenseLlama(self._model)
-        kept = [layers for _, layers in sorted(self._kept.of.items())]
+        recorded = iter([layers for _, layers in sorted(self._kept.of.items())])
         results = []
         for length, answer in zip(lengths, answers, strict=True):
             end = length // BLOCK * BLOCK
-            mine, visible = [], None
+            kept, visible = [], None
             if end > (BUDGET - length % BLOCK) // BLOCK * BLOCK:
-                mine = kept.pop(0)
+                kept = next(recorded)
                 visible = []
-                for layer in mine[-model.layers :]:
+                for layer in kept[-model.layers :]:
                     mask = torch.ones(model.kv_heads, length, dtype=torch.bool)
                     mask[:, :end] = False
                     visible.append(mask.scatter(1, torch.tensor(layer), True))
@@ -153,67 +214,69 @@ class Cases:
                     "tokens": answer.tokens,
                     "cached": answer.cached,
                     "error": float((dense - answer.logprobs).abs().max()),
-                    "kept": mine,
+                    "kept": kept,
                 }
             )
-        return {
-            "answers": results,
-            "leaked": leaked,
-            "overlap": overlap.most,
-            "preemptions": len(preempted),
-        }
-
-    def ample(self, *, async_scheduling: bool) -> dict[str, Any]:
-        """Room for all; then prefix hits; then chunks smaller than the window."""
-        from tests.engine.conftest import scheduler
-
-        self._switches.async_scheduling = async_scheduling
-        with self._engine() as llm:
-            results = {
-                "about": self._about(llm),
-                "first": self._generate(llm, LENGTHS),
-                "hits": self._generate(llm, [227, 330], 8),
-            }
-            scheduler(llm).max_num_scheduled_tokens = 11
-            scheduler(llm).reset_prefix_cache()
-            results["small_chunks"] = self._generate(llm, [131], 8)
+        assert next(recorded, None) is None, "a prompt was compressed unasked"
         return results
+
+    def ample(self) -> dict[str, Any]:
+        """Chunks, prefix hits, straddled windows and aborts, with room for all."""
+        from vllm import SamplingParams
+
+        from tests.engine.conftest import prompt
+
+        self._switches.async_scheduling = False
+        with self._engine() as llm:
+            watch = Watch(llm)
+            results = {
+                "all": self._answers(llm, LENGTHS),
+                "hits": self._answers(llm, [227, 330], 8),
+            }
+            # The next request takes over the slot of one that was just compressed;
+            # by its prefix hit it fills the same entries in one go.
+            tokens = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False)
+            gone = llm.llm_engine.add_request(
+                "99", {"prompt_token_ids": prompt(300)}, tokens
+            )
+            compressed = watch.compressed
+            while watch.compressed == compressed:
+                llm.llm_engine.step()
+            llm.llm_engine.abort_request([gone], internal=True)
+            results["successor"] = self._answers(llm, [290], 8)
+            # A window of 16 tokens in chunks of 15 and 1.
+            watch.scheduler.max_num_scheduled_tokens = WINDOW - 1
+            watch.scheduler.reset_prefix_cache()
+            results["straddled"] = self._answers(llm, [131], 8)
+            return {**watch.summary(), **results}
 
     def tight(self, *, async_scheduling: bool) -> dict[str, Any]:
         """Too few blocks for all: requests are preempted and resume."""
         self._switches.async_scheduling = async_scheduling
-        with self._engine(num_gpu_blocks_override=POOL) as llm:
-            return {"about": self._about(llm), "first": self._generate(llm, LENGTHS)}
+        with self._engine(num_gpu_blocks_override=TIGHT_POOL) as llm:
+            watch = Watch(llm)
+            return {"all": self._answers(llm, LENGTHS), **watch.summary()}
 
-    def gpu_attention(self) -> dict[str, Any]:
-        """The GPU's Triton kernels, interpreted."""
-        self._switches.async_scheduling = True
+    def triton(self) -> dict[str, Any]:
+        """The GPU's Triton attention kernels, interpreted."""
         self._switches.attention = "TRITON_ATTN"
-        with self._engine() as llm:
-            return {
-                "about": self._about(llm),
-                "first": self._generate(llm, [131, 97], 4),
-            }
+        with self._engine(max_num_batched_tokens=128) as llm:
+            watch = Watch(llm)
+            return {"all": self._answers(llm, [131, 96], 4), **watch.summary()}
 
 
-def main(runner: str, model: str) -> None:
-    """Run a runner's cases."""
-    import time
-
-    start = time.time()
-    def lap(n):
-        print(n, time.time() - start, file=sys.stderr)
+def main(runner: str, model: str, output: str) -> None:
+    """Run the cases of ``v1``, ``v2`` or ``triton`` (V2 on TRITON_ATTN)."""
     cases = Cases(Path(model), v2_harness.boot(v2=runner != "v1"))
-    lap("boot")
     if runner == "triton":
-        results = {"gpu_attention": cases.gpu_attention()}
+        results = {"triton": cases.triton()}
     else:
-        results = {}
-        for mode in (False, True):
-            for case in (cases.ample, cases.tight):
-                results[f"{case.__name__}{'_async' * mode}"] = case(async_scheduling=mode)
-                lap(case.__name__)
-    print(json.dumps(results))
+        results = {
+            "ample": cases.ample(),
+            "tight": cases.tight(async_scheduling=False),
+            "tight_async": cases.tight(async_scheduling=True),
+        }
+    Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -88,10 +88,10 @@ SEAMS = (
         ("block_hashes", "max_cache_hit_length"),
     ),
     Seam(
-        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
-        "overridden: no block that saw a compressed context is hashed",
-        "never: managers are registered with their spec",
-        ("request", "num_tokens", "retention_interval", "replay_boundaries"),
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks",
+        "wrapped on the object: no block that saw a compressed context is hashed",
+        "KVCacheManager.cache_blocks takes a limit",
+        ("request", "num_computed_tokens"),
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager:"
@@ -135,6 +135,12 @@ SEAMS = (
         _HOOKS,
         ("scheduler_output", "num_scheduled_tokens"),
     ),
+    Seam(
+        _V1 + "_determine_batch_execution_and_padding",
+        "overridden: a chunk of one token is no decode while queries are captured",
+        _HOOKS,
+        ("force_uniform_decode",),
+    ),
     Seam(_V1 + "execute_model", "overridden: takes the plan", _HOOKS),
     Seam(_V1 + "sample_tokens", "overridden: compresses after it", _HOOKS),
     Seam(_V2 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
@@ -149,6 +155,11 @@ SEAMS = (
         "overridden: knows the order of rows; real batches only",
         _HOOKS,
         ("input_batch",),
+    ),
+    Seam(
+        _V2 + "gather_batch_req_state",
+        "overridden: a chunk of one token is no decode while queries are captured",
+        _HOOKS,
     ),
     Seam(_V2 + "execute_model", "overridden: takes the plan", _HOOKS),
     Seam(_V2 + "sample_tokens", "overridden: compresses after it", _HOOKS),

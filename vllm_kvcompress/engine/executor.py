@@ -77,13 +77,15 @@ class CompressionExecutor:
         layers: dict[str, Any],
         max_num_reqs: int,
     ) -> None:
-        """Learn the groups once KV caches exist.
+        """Learn the groups once KV caches exist; a profiling run's come first.
 
         Args:
             kv_cache_config: This worker's groups.
             layers: Layer name -> attention layer.
             max_num_reqs: Most requests in a batch.
         """
+        self._groups.clear()
+        self._windows.clear()
         for index, spec in enumerate(kv_cache_config.kv_cache_groups):
             if not isinstance(spec.kv_cache_spec, CompressedAttentionSpec):
                 continue
@@ -143,10 +145,9 @@ class CompressionExecutor:
             for index, directive in groups.items():
                 group = self._groups[index]
                 blocks = -(-directive.num_tokens // group.block_size)
-                row = read_row(index, request_id, blocks)
-                for layer in group.layers:
-                    self._compress(layer, request_id, row, directive, group.block_size)
-                kept = len(directive.destination)
+                self._compress(
+                    group, request_id, read_row(index, request_id, blocks), directive
+                )
                 write_row(
                     index, request_id, directive.freed_blocks, directive.destination
                 )
@@ -154,7 +155,7 @@ class CompressionExecutor:
                 group.rows.set(request_id, evicted)
                 report.compressions += 1
                 report.tokens_evicted += evicted
-                report.blocks_freed += directive.end_block - kept
+                report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens
                 report.retained_tokens += directive.num_tokens - evicted
         if plan.compress:
@@ -165,35 +166,31 @@ class CompressionExecutor:
 
     @torch.inference_mode()
     def _compress(
-        self,
-        layer: Any,
-        request_id: str,
-        row: torch.Tensor,
-        directive: Compress,
-        block_size: int,
+        self, group: _Group, request_id: str, row: torch.Tensor, directive: Compress
     ) -> None:
-        """Score one layer's prompt and copy its kept tokens."""
-        layout, cache, scorer = page_layout(layer), layer.kv_cache, self._scorer
-        split = block_size // cache.shape[2]
-        row = _kernel_blocks(row, split)
-        num_tokens = directive.num_tokens
-        scores = scorer.score(
-            layer.observation_window.take(request_id) if scorer.needs_queries else None,
-            layout.keys(cache, row)[:, :num_tokens],
-            layout.values(cache, row)[:, :num_tokens] if scorer.needs_values else None,
-            scale=layer.impl.scale,
-            softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
-        )
-        candidates = scores[:, : directive.end_block * block_size]
-        kept = select(candidates, len(directive.destination) * block_size)
-        destination = torch.tensor(
-            directive.destination, dtype=torch.long, device=self._device
-        )
-        layout.write(
-            cache,
-            _kernel_blocks(destination, split),
-            *layout.gather(cache, row, kept),
-        )
+        """Score a prompt in every layer of a group, and copy its kept tokens."""
+        scorer, num_tokens = self._scorer, directive.num_tokens
+        candidates = directive.end_block * group.block_size
+        private = torch.tensor(directive.destination, dtype=torch.long)
+        private = private.to(self._device, non_blocking=True)
+        for layer in group.layers:
+            cache, layout = layer.kv_cache, page_layout(layer)
+            source = _kernel_blocks(row, group.block_size // cache.shape[2])
+            target = _kernel_blocks(private, group.block_size // cache.shape[2])
+            queries = values = None
+            if scorer.needs_queries:
+                queries = layer.observation_window.take(request_id)
+            if scorer.needs_values:
+                values = layout.values(cache, source)[:, :num_tokens]
+            scores = scorer.score(
+                queries,
+                layout.keys(cache, source)[:, :num_tokens],
+                values,
+                scale=layer.impl.scale,
+                softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
+            )
+            kept = select(scores[:, :candidates], len(target) * cache.shape[2])
+            layout.write(cache, target, *layout.gather(cache, source, kept))
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""

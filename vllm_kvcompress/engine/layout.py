@@ -88,7 +88,7 @@ class PageLayout:
             values: The same.
         """
         kv_heads = kv_cache.shape[1]
-        shape = (kv_heads, len(blocks), -1)
+        shape = (kv_heads, len(blocks), self.key.numel())
         pages = torch.empty(
             kv_heads,
             len(blocks),

@@ -5,13 +5,11 @@ null. Kept tokens live in private blocks beside the list, so nothing that indexe
 the list by position can take them for token content.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.request import Request
 
 from ..budget import Fit
 from ..plan import Compress
@@ -23,12 +21,10 @@ class _Compressed:
 
     Attributes:
         destination: Hold the kept tokens; never hashed, never shared.
-        exact_tokens: KV of later tokens saw a compressed context: never hashed.
         pending: Originals that the worker still reads in the current step.
     """
 
     destination: list[KVCacheBlock]
-    exact_tokens: int
     pending: list[KVCacheBlock] = field(default_factory=list)
 
 
@@ -39,16 +35,13 @@ class CompressedKVManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._compressed: dict[str, _Compressed] = {}
 
-    def compress(
-        self, request_id: str, fit: Fit, num_tokens: int, computed_tokens: int
-    ) -> Compress | None:
+    def compress(self, request_id: str, fit: Fit, num_tokens: int) -> Compress | None:
         """Take a prompt's blocks off its list, for the worker to empty.
 
         Args:
             request_id: A running request whose prompt is computed in this step.
             fit: What is kept, see `budget.fit`.
             num_tokens: Length of the prompt.
-            computed_tokens: Tokens computed by full attention, this step included.
 
         Returns:
             The directive, or None if no private blocks can be had now.
@@ -62,7 +55,6 @@ class CompressedKVManager(FullAttentionManager):
         blocks[: fit.end_block] = [self._null_block] * fit.end_block
         self._compressed[request_id] = _Compressed(
             destination,
-            computed_tokens,
             [block for block in source if block.block_id not in taken],
         )
         return Compress(
@@ -102,30 +94,6 @@ class CompressedKVManager(FullAttentionManager):
             freed += reversed(state.pending)
             state.pending = []
         return freed
-
-    def private_block_count(self, request_id: str) -> int:
-        """Private blocks that a request holds beside its list."""
-        state = self._compressed.get(request_id)
-        return len(state.destination) if state else 0
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Hash full blocks, but none that saw a compressed context."""
-        state = self._compressed.get(request.request_id)
-        if state is not None:
-            num_tokens = min(num_tokens, state.exact_tokens)
-        super().cache_blocks(
-            request,
-            num_tokens,
-            retention_interval,
-            replay_boundaries=replay_boundaries,
-        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of a request that finishes, is aborted or is preempted."""

@@ -28,10 +28,6 @@ class RowShift:
         """Shift a request's row by ``tokens``, a multiple of the block size."""
         self._shift_of[request_id] = tokens
 
-    def get(self, request_id: str) -> int:
-        """Tokens by which a request's row is shifted."""
-        return self._shift_of.get(request_id, 0)
-
     def forget(self, request_id: str) -> None:
         """The request is gone or starts anew."""
         self._shift_of.pop(request_id, None)

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..config import KEY, KVCompressionConfig
-from ..plan import Counters
+from ..plan import Counters, StepPlan
 from . import compat
 from .executor import CompressionExecutor
 
@@ -29,6 +29,7 @@ class _Runner:
     """What both runners share; the base class is vLLM's runner."""
 
     compression: CompressionExecutor
+    _plan: StepPlan | None = None
     _read_row: Any
     _write_row: Any
 
@@ -57,8 +58,17 @@ class _Runner:
             return super().execute_model(  # type: ignore[misc]
                 scheduler_output, *args, **kwargs
             )
+        except BaseException:
+            # vLLM samples nevertheless, and then reports this error, not ours.
+            self.compression.begin_step(None, (), ())
+            raise
         finally:
+            self._plan = None
             self.compression.end_forward()
+
+    def _observes(self) -> bool:
+        """Whether queries must be seen in this step: full CUDA graphs hide them."""
+        return self._plan is not None and bool(self._plan.observe)
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample first: compression is then off the time to first token."""
@@ -81,6 +91,16 @@ class RunnerV1(_Runner):
         for request_id in {*scheduler_output.finished_req_ids, *preempted, *resumed}:
             self.compression.forget(request_id)
         return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _determine_batch_execution_and_padding(
+        self: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keep a last chunk of one token off the full CUDA graphs of decodes."""
+        if self._observes():
+            kwargs["force_uniform_decode"] = False
+        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]
+            *args, **kwargs
+        )
 
     def _prepare_inputs(
         self: Any, scheduler_output: Any, num_scheduled_tokens: Any
@@ -111,6 +131,13 @@ class RunnerV1(_Runner):
 class RunnerV2(_Runner):
     """Over vLLM's V2 runner, whose requests have stable slots."""
 
+    def gather_batch_req_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep a last chunk of one token off the full CUDA graphs of decodes."""
+        state, uniform_tokens = super().gather_batch_req_state(  # type: ignore[misc]
+            *args, **kwargs
+        )
+        return state, None if self._observes() else uniform_tokens
+
     def _remove_request(self: Any, req_id: str) -> bool:
         self.compression.forget(req_id)
         return super()._remove_request(req_id)  # type: ignore[misc]
@@ -129,8 +156,14 @@ class RunnerV2(_Runner):
     def _write_row(
         self: Any, group: int, request_id: str, first: int, blocks: tuple[int, ...]
     ) -> None:
+        # At once, not by `stage_write`: staged writes land together in no order,
+        # so they could undo the row of a request that takes over this slot.
         slot = self.req_states.req_id_to_index[request_id]
-        self.block_tables.block_tables[group].stage_write(slot, first, list(blocks))
+        table = self.block_tables.block_tables[group].gpu
+        entries = torch.tensor(blocks, dtype=table.dtype)
+        table[slot, first : first + len(blocks)] = entries.to(
+            table.device, non_blocking=True
+        )
 
 
 class _Reported(AsyncModelRunnerOutput):

@@ -53,23 +53,36 @@ class CompressedScheduler(Scheduler):
         self._budgets: dict[str, int] = {}
         # Request id -> groups that are still to be compressed.
         self._open: dict[str, set[int]] = {}
+        # Requests for which no private block could be had yet.
+        self._dry: set[str] = set()
+        # Request id -> its tokens that saw no compressed context.
+        self._exact_tokens: dict[str, int] = {}
         self._skipped: Counter[str] = Counter()
         # Counted since the last statistics message.
         self._unsent = Counters()
         self._hit_limit: int | None = None
-        self._limit_prefix_hits()
+        self._guard_prefix_cache()
         self._log_capacity()
 
-    def _limit_prefix_hits(self) -> None:
-        """Let a hit leave the window's queries to compute, per request."""
+    def _guard_prefix_cache(self) -> None:
+        """Let a hit leave the window's queries to compute, and hash exact KV only.
+
+        Both per request, and the second in every group: once one group is
+        compressed, the layers of all others see the effect.
+        """
         coordinator = self.kv_cache_manager.coordinator
-        find = coordinator.find_longest_cache_hit
+        find, cache = coordinator.find_longest_cache_hit, coordinator.cache_blocks
 
         def find_longest_cache_hit(hashes: Any, max_length: int) -> Any:
             limit = self._hit_limit
             return find(hashes, max_length if limit is None else min(max_length, limit))
 
+        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+            exact = self._exact_tokens.get(request.request_id, num_computed_tokens)
+            cache(request, min(num_computed_tokens, exact))
+
         coordinator.find_longest_cache_hit = find_longest_cache_hit
+        coordinator.cache_blocks = cache_blocks
 
     def _log_capacity(self) -> None:
         block_size = self._block_size(next(iter(self._managers)))
@@ -131,6 +144,8 @@ class CompressedScheduler(Scheduler):
     def _free_request_blocks(self, request: Request) -> None:
         self._budgets.pop(request.request_id, None)
         self._open.pop(request.request_id, None)
+        self._exact_tokens.pop(request.request_id, None)
+        self._dry.discard(request.request_id)
         super()._free_request_blocks(request)
 
     # vLLM's steps ----------------------------------------------------------
@@ -203,14 +218,16 @@ class CompressedScheduler(Scheduler):
             manager = self._managers[group]
             target = fit(prompt, self._budgets[request_id], manager.block_size)
             if target.shrinks:
-                directive = manager.compress(
-                    request_id, target, prompt, request.num_computed_tokens
-                )
+                directive = manager.compress(request_id, target, prompt)
                 if directive is None:
-                    self._skipped["pool_dry"] += 1
+                    if request_id not in self._dry:
+                        self._dry.add(request_id)
+                        self._skipped["pool_dry"] += 1
                     continue
                 planned[group] = directive
             open_groups.discard(group)
+        if planned:
+            self._exact_tokens.setdefault(request_id, request.num_computed_tokens)
         if not open_groups:
             del self._open[request_id]
         return planned

@@ -1,0 +1,128 @@
+"""vLLM's V2 runner, asynchronous scheduling and a GPU backend, all on the CPU.
+
+See `v2_harness` for how, and `v2_cases` for what runs. V1 runs the same cases, and
+what V2 keeps and answers must be V1's.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = Path(__file__).with_name("v2_cases.py")
+RUNNERS = {
+    "v1": "vllm.v1.worker.cpu_model_runner",
+    "v2": "vllm.v1.worker.cpu.model_runner",
+}
+TOLERANCE = 5e-4
+LAYERS = 2
+
+Results = dict[str, Any]
+
+
+def _run(runner: str, model: Path, folder: Path) -> Results:
+    output = folder / f"{runner}.json"
+    done = subprocess.run(
+        [sys.executable, str(CASES), runner, str(model), str(output)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def v1(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return _run("v1", llama, tmp_path_factory.mktemp("v1"))
+
+
+@pytest.fixture(scope="module")
+def v2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return _run("v2", llama, tmp_path_factory.mktemp("v2"))
+
+
+@pytest.fixture(params=["v1", "v2"])
+def results(request: pytest.FixtureRequest) -> Results:
+    found = request.getfixturevalue(request.param)
+    assert {case["runner"] for case in found.values()} == {RUNNERS[request.param]}
+    return found
+
+
+def _answers(case: Results) -> Iterator[Results]:
+    for value in case.values():
+        if isinstance(value, list) and isinstance(value[0], dict):
+            yield from value
+
+
+@pytest.mark.parametrize("case", ["ample", "tight", "tight_async"])
+def test_logits_are_the_dense_models(results: Results, case: str) -> None:
+    answers = list(_answers(results[case]))
+    assert results[case]["backends"] == ["Compressed_CPU_ATTN"]
+    assert any(answer["kept"] for answer in answers)
+    for answer in answers:
+        assert answer["error"] < TOLERANCE, answer["length"]
+
+
+def test_v2_keeps_and_answers_as_v1(v1: Results, v2: Results) -> None:
+    for case in ("all", "hits", "straddled", "successor"):
+        for mine, theirs in zip(v2["ample"][case], v1["ample"][case], strict=True):
+            for key in ("kept", "tokens", "cached"):
+                assert mine[key] == theirs[key], (case, mine["length"], key)
+
+
+def test_prefix_hits(results: Results) -> None:
+    unhurried = {answer["length"]: answer for answer in results["ample"]["all"]}
+    for answer in results["ample"]["hits"]:
+        first = unhurried[answer["length"]]
+        assert answer["cached"] == (answer["length"] - 16) // 32 * 32
+        assert answer["kept"] == first["kept"]
+        assert answer["tokens"] == first["tokens"][:8]
+
+
+def test_windows_in_two_chunks(results: Results) -> None:
+    """A last chunk of one token is a decode to vLLM, but not to CUDA graphs."""
+    case = results["ample"]
+    (answer,) = case["straddled"]
+    whole = next(a for a in case["all"] if a["length"] == answer["length"])
+    assert answer["kept"] == whole["kept"]
+    assert case["one_token_ends"] > 0
+    assert case["hidden"] == 0
+
+
+def test_slots_are_taken_over_cleanly(v2: Results) -> None:
+    assert [case["clashes"] for case in v2.values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", ["tight", "tight_async"])
+def test_preempted_answers_equal_unhurried(results: Results, case: str) -> None:
+    assert results[case]["preempted"] > 0
+    for mine, unhurried in zip(
+        results[case]["all"], results["ample"]["all"], strict=True
+    ):
+        assert mine["tokens"] == unhurried["tokens"]
+        for life in range(0, len(mine["kept"]), LAYERS):
+            assert mine["kept"][life : life + LAYERS] == unhurried["kept"]
+
+
+def test_async_scheduling_is_on(results: Results) -> None:
+    case = results["tight_async"]
+    assert case["scheduler"] == "CompressedAsyncScheduler"
+    assert case["batch_queue"]
+    assert case["overlap"] == 2
+    assert results["tight"]["scheduler"] == "CompressedScheduler"
+    assert not results["tight"]["batch_queue"]
+
+
+def test_triton_attention(llama: Path, tmp_path: Path) -> None:
+    case = _run("triton", llama, tmp_path)["triton"]
+    assert case["runner"] == RUNNERS["v2"]
+    assert case["backends"] == ["Compressed_TRITON_ATTN"]
+    for answer in case["all"]:
+        assert answer["kept"]
+        assert answer["error"] < TOLERANCE, answer["length"]
