@@ -91,19 +91,19 @@ class Executor(CompressionExecutor):
     worker: "Worker"
 
     def _compress(
-        self, layer: Any, request_id: str, row: torch.Tensor, do: Compress, *_: Any
+        self, group: Any, request_id: str, row: torch.Tensor, directive: Compress
     ) -> None:
         """Copy no numbers, but from and to the right places."""
-        worker, group = self.worker, layer.group
-        life = worker.lives[request_id]
+        worker, (layer,) = self.worker, group.layers
+        life, index = worker.lives[request_id], layer.group
         if window := self._scorer.needs_queries:
             seen = layer.observation_window.take(request_id).tolist()
             wanted = [[life.uid, i] for i in range(life.prompt - window, life.prompt)]
             require(seen == wanted, "observed", seen, "instead of", wanted)
-        worker.expect(row.tolist(), life.slots[group][: life.prompt], "source")
-        life.kept[group] = do
-        for i, block in enumerate(do.destination):
-            worker.memory[block] = life.private(group)[i * BLOCK : (i + 1) * BLOCK]
+        worker.expect(row.tolist(), life.slots[index][: life.prompt], "source")
+        life.kept[index] = directive
+        for i, block in enumerate(directive.destination):
+            worker.memory[block] = life.private(index)[i * BLOCK : (i + 1) * BLOCK]
 
 
 class Worker:
