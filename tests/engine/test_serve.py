@@ -16,7 +16,7 @@ import vllm_kvcompress
 
 pytest.importorskip("vllm")
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 MODEL = Path(vllm_kvcompress.__file__).parent / "assets" / "needle"
 VLLM = str(Path(sys.executable).with_name("vllm"))

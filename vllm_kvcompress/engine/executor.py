@@ -118,6 +118,8 @@ class CompressionExecutor:
         for group in self._groups.values():
             group.rows.begin(request_ids)
         self._spans.clear()
+        if not self._plan.observe:
+            return
         first = 0
         for request_id, count in zip(request_ids, counts, strict=True):
             if span := self._plan.observe.get(request_id):
@@ -140,6 +142,8 @@ class CompressionExecutor:
         """
         plan, self._plan = self._plan, StepPlan()
         report = Counters()
+        if not plan:
+            return report
         started = time.perf_counter()
         for request_id, groups in plan.compress.items():
             for index, directive in groups.items():

@@ -63,11 +63,11 @@ class RowShift:
             common: vLLM's metadata of one group, logical.
             block_size: Tokens of the blocks that ``block_table_tensor`` counts.
         """
+        if not self._shift_of and self._device.type == "cpu":
+            return common  # no graph has captured an address here
         table = common.block_table_tensor
         rows, width = table.shape
         shifted = self._aim(rows, width, block_size)
-        if not shifted and self._device.type == "cpu":
-            return common  # no graph has captured an address here
         if self._table is None:
             self._table = torch.zeros(
                 self._max_num_reqs, width, dtype=table.dtype, device=self._device

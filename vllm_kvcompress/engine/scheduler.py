@@ -165,14 +165,14 @@ class CompressedScheduler(Scheduler):
     ) -> int:
         """End a chunk at the prompt's end, and give the last one the window.
 
-        Windows may straddle chunks, but a last chunk of one token could run as a
-        decode under a full CUDA graph, where no query is seen.
+        A window may straddle chunks; in one chunk it costs one copy per layer, and
+        a last chunk of one token need not leave the CUDA graphs of decodes.
         """
         count = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
         to_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        if count <= 0 or to_prompt_end <= 0 or not self._budget(request):
+        if to_prompt_end <= 0 or count <= 0 or not self._budget(request):
             return count
         remaining = to_prompt_end - count
         if remaining <= 0:

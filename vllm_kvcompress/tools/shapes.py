@@ -69,9 +69,9 @@ def limit(
 def tight(
     prompt_len: int, kept: int, requests: int | None, max_tokens: int | None
 ) -> Traffic:
-    """Many long requests in space for two and a half: how many run at once."""
-    n, t = requests or 18, max_tokens or 1280
-    return Traffic(n, prompt_len, t, kv_tokens=int(2.5 * (prompt_len + t)))
+    """Many long requests in space for not quite two: how many run at once."""
+    n, t = requests or 9, max_tokens or 2560
+    return Traffic(n, prompt_len, t, kv_tokens=int(1.9 * (prompt_len + t)))
 
 
 def ample(

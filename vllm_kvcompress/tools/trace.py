@@ -3,7 +3,8 @@
 A *decode step* computes no prompt token: every request in it already had its
 first token and gets its next one. Decode speed and held memory are read from the
 *widest* decode steps, those with as many requests as the run ever decoded at once,
-so that neither prefill nor the thinning end of a run blurs them.
+so that neither prefill nor the thinning end of a run blurs them. The speed is that of
+the median step, so that a hiccup of the machine does not either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,22 +60,22 @@ def measure(steps: Sequence[Step], *, block_bytes: int, preemptions: int) -> Mea
         preemptions: How often a request lost its blocks and started again.
     """
     widest = widest_decode(steps)
-    seconds = sum(step.seconds for step in widest)
+    step_s = median([step.seconds for step in widest] or [0.0])
+    width = len(widest[0].tokens) if widest else 0
     produced = sum(sum(step.tokens.values()) for step in steps)
-    decoded = sum(sum(step.tokens.values()) for step in widest)
     held = [step.held_blocks for step in widest]
     share = [step.held_blocks / len(step.tokens) for step in widest]
     return {
-        "decode_tokens_per_s": decoded / seconds if seconds else 0.0,
+        "decode_tokens_per_s": width / step_s if step_s else 0.0,
         "throughput_tokens_per_s": produced / steps[-1].end if steps else 0.0,
         "ttft_s": median(first_tokens(steps) or [0.0]),
         "peak_running": max((step.running for step in steps), default=0),
         "kv_bytes_held": max(held, default=0) * block_bytes,
         "preemptions": preemptions,
         "kv_blocks_per_request": median(share or [0.0]),
-        "decode_requests": len(widest[0].tokens) if widest else 0,
+        "decode_requests": width,
         "decode_steps": len(widest),
-        "decode_step_s": median([step.seconds for step in widest] or [0.0]),
+        "decode_step_s": step_s,
     }
 
 
