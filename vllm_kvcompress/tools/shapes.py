@@ -70,8 +70,8 @@ def tight(
     prompt_len: int, kept: int, requests: int | None, max_tokens: int | None
 ) -> Traffic:
     """Many long requests in space for not quite two: how many run at once."""
-    n, t = requests or 9, max_tokens or 2560
-    return Traffic(n, prompt_len, t, kv_tokens=int(1.9 * (prompt_len + t)))
+    n, t = requests or 9, max_tokens or 2304
+    return Traffic(n, prompt_len, t, kv_tokens=int(1.7 * (prompt_len + t)))
 
 
 def ample(
