@@ -185,16 +185,17 @@ class CompressionExecutor:
             if scorer.needs_queries:
                 queries = layer.observation_window.take(request_id)
             if scorer.needs_values:
-                values = layout.values(cache, source)[:, :num_tokens]
+                values = layout.values.take(cache, source)[:, :num_tokens]
             scores = scorer.score(
                 queries,
-                layout.keys(cache, source)[:, :num_tokens],
+                layout.keys.take(cache, source)[:, :num_tokens],
                 values,
                 scale=layer.impl.scale,
                 softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
             )
             kept = select(scores[:, :candidates], len(target) * cache.shape[2])
-            layout.write(cache, target, *layout.gather(cache, source, kept))
+            for half in (layout.keys, layout.values):
+                half.write(cache, target, half.gather(cache, source, kept))
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""

@@ -1,7 +1,7 @@
 """Where a token's key and value lie inside a KV cache page.
 
-vLLM's caches are ``[blocks, kv_heads, block_size, 2 * head_size]``. On GPUs a row
-is one token's key and value. The CPU backend packs a page for its instruction
+vLLM's caches are ``[num_blocks, kv_heads, block_size, 2 * head_size]``. On GPUs a
+row is one token's key and value. The CPU backend packs a page for its instruction
 set instead (keys transposed, or tiled for AMX); that order is learnt from vLLM's
 own writer, so it holds for every instruction set.
 """
@@ -14,91 +14,108 @@ import torch
 from vllm import _custom_ops as ops
 
 
-@dataclass(frozen=True)
-class PageLayout:
-    """Reads and writes tokens in pages ``[..., block_size * 2 * head_size]``.
+class Elements:
+    """The keys, or the values, of all tokens in pages of one order."""
 
-    Attributes:
-        key: ``[block_size, head_size]`` int64, offsets of the key's elements.
-        value: The same for values.
-    """
+    def __init__(self, offsets: torch.Tensor) -> None:
+        """Take the order from ``offsets [block_size, head_size]``, int64 on the CPU.
 
-    key: torch.Tensor
-    value: torch.Tensor
+        Args:
+            offsets: Elements of a page are numbered through its rows.
+        """
+        self._offsets = offsets
+        first = int(offsets[0, 0])
+        slot = int(offsets[-1, 0] - first) // max(1, offsets.shape[0] - 1)
+        element = int(offsets[0, -1] - first) // max(1, offsets.shape[1] - 1)
+        grid = [torch.arange(size) for size in offsets.shape]
+        even = first + slot * grid[0][:, None] + element * grid[1]
+        self._steps = (first, slot, element) if even.equal(offsets) else None
 
-    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Keys of some blocks.
+    def _view(self, kv_cache: torch.Tensor) -> torch.Tensor | None:
+        """``[num_blocks, kv_heads, block_size, head_size]``; None if tiled."""
+        if self._steps is None:
+            return None
+        row = kv_cache.shape[3]
+        *outer, along_rows, along_row = kv_cache.stride()
+        first, slot, element = (
+            step // row * along_rows + step % row * along_row for step in self._steps
+        )
+        return kv_cache.as_strided(
+            (*kv_cache.shape[:2], *self._offsets.shape),
+            (*outer, slot, element),
+            kv_cache.storage_offset() + first,
+        )
+
+    def take(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy all tokens of some blocks.
 
         Args:
             kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
             blocks: ``[count]`` int64.
 
         Returns:
-            A copy ``[kv_heads, count * block_size, head_size]``.
+            ``[kv_heads, count * block_size, head_size]``; where the cache holds
+            tokens side by side, so does the copy.
         """
-        return self._take(kv_cache, blocks, self.key)
-
-    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Values of some blocks, see `keys`."""
-        return self._take(kv_cache, blocks, self.value)
-
-    def _take(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
-        pages = kv_cache[blocks].flatten(2).transpose(0, 1)
-        taken = pages[:, :, offsets.flatten()]
-        return taken.reshape(pages.shape[0], -1, offsets.shape[1])
+        view = self._view(kv_cache)
+        if view is None:
+            pages = kv_cache[blocks].flatten(2).transpose(0, 1)
+            taken = pages[:, :, self._offsets.flatten()]
+            return taken.reshape(len(pages), -1, self._offsets.shape[1])
+        if view.stride(2) < view.stride(3):
+            turned = view.transpose(2, 3)[blocks]
+            return turned.permute(1, 2, 0, 3).flatten(2).transpose(1, 2)
+        return view[blocks].transpose(0, 1).flatten(1, 2)
 
     def gather(
         self, kv_cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of single tokens, other ones for every KV head.
+    ) -> torch.Tensor:
+        """Copy single tokens, other ones for every KV head.
 
         Args:
-            kv_cache: As in `keys`.
+            kv_cache: As in `take`.
             blocks: ``[count]`` int64, the blocks of a prompt.
             positions: ``[kv_heads, tokens]`` int64, positions in that prompt.
 
         Returns:
-            Two copies ``[kv_heads, tokens, head_size]``.
+            ``[kv_heads, tokens, head_size]``.
         """
         block_size, row = kv_cache.shape[2:]
-        block = blocks[positions // block_size][:, :, None]
-        head = torch.arange(len(positions), device=positions.device)[:, None, None]
-        slot = positions % block_size
-        key, value = self.key[slot], self.value[slot]
-        return (
-            kv_cache[block, head, key // row, key % row],
-            kv_cache[block, head, value // row, value % row],
-        )
+        block, slot = blocks[positions // block_size], positions % block_size
+        head = torch.arange(len(positions), device=positions.device)[:, None]
+        view = self._view(kv_cache)
+        if view is not None:
+            return view[block, head, slot]
+        offset = self._offsets[slot]
+        return kv_cache[block[..., None], head[..., None], offset // row, offset % row]
 
     def write(
-        self,
-        kv_cache: torch.Tensor,
-        blocks: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, tokens: torch.Tensor
     ) -> None:
         """Fill whole blocks.
 
         Args:
-            kv_cache: As in `keys`.
+            kv_cache: As in `take`.
             blocks: ``[count]`` int64, distinct.
-            keys: ``[kv_heads, count * block_size, head_size]``.
-            values: The same.
+            tokens: ``[kv_heads, count * block_size, head_size]``.
         """
-        kv_heads = kv_cache.shape[1]
-        shape = (kv_heads, len(blocks), self.key.numel())
-        pages = torch.empty(
-            kv_heads,
-            len(blocks),
-            kv_cache.shape[2] * kv_cache.shape[3],
-            dtype=kv_cache.dtype,
-            device=kv_cache.device,
-        )
-        pages[:, :, self.key.flatten()] = keys.reshape(shape)
-        pages[:, :, self.value.flatten()] = values.reshape(shape)
-        kv_cache[blocks] = pages.transpose(0, 1).unflatten(2, kv_cache.shape[2:])
+        _, kv_heads, block_size, row = kv_cache.shape
+        paged = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
+        view = self._view(kv_cache)
+        if view is not None:
+            view[blocks] = paged
+            return
+        head = torch.arange(kv_heads)[:, None, None]
+        offset = self._offsets
+        kv_cache[blocks[:, None, None, None], head, offset // row, offset % row] = paged
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The two halves of a page."""
+
+    keys: Elements
+    values: Elements
 
 
 def page_layout(layer: Any) -> PageLayout:
@@ -107,15 +124,14 @@ def page_layout(layer: Any) -> PageLayout:
     block_size, head_size = cache.shape[2], cache.shape[3] // 2
     isa = getattr(layer, "isa", None)  # set by the CPU backend alone
     if isa is None:
-        return _rows(block_size, head_size, str(cache.device))
+        return _rows(block_size, head_size)
     return _cpu_pages(isa, cache.dtype, block_size, head_size)
 
 
 @functools.cache
-def _rows(block_size: int, head_size: int, device: str) -> PageLayout:
-    offsets = torch.arange(block_size * 2 * head_size, device=device)
-    offsets = offsets.view(block_size, 2 * head_size)
-    return PageLayout(offsets[:, :head_size], offsets[:, head_size:])
+def _rows(block_size: int, head_size: int) -> PageLayout:
+    offsets = torch.arange(block_size * 2 * head_size).view(block_size, -1)
+    return PageLayout(*map(Elements, offsets.chunk(2, dim=1)))
 
 
 @functools.cache
@@ -139,4 +155,4 @@ def _cpu_pages(
         for half, page in enumerate((key_page, value_page)):
             landed[half] += page.flatten().long() << shift
     key, value = landed.argsort(dim=1).view(2, block_size, head_size)
-    return PageLayout(key, value + count)
+    return PageLayout(Elements(key), Elements(value + count))
