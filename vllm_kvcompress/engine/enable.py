@@ -22,6 +22,9 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     compat.check_engine()
     scheduler = vllm_config.scheduler_config
     kind = "Async" if scheduler.async_scheduling else ""
+    if config.prefill == "incremental":
+        # The whole prompt need not fit at once.
+        scheduler.scheduler_reserve_full_isl = False
     scheduler.scheduler_cls = (
         f"vllm_kvcompress.engine.scheduler.Compressed{kind}Scheduler"
     )
@@ -45,9 +48,10 @@ def _refusals(
         scheduler.max_num_batched_tokens,
         scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
     )
-    window = config.scorer.needs_queries
+    window = config.window
     block_size = cache.block_size or 1
     smallest = config.smallest_budget(block_size)
+    least = min(config.budgets, default=smallest)
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
         (model.is_encoder_decoder, "encoder-decoder models", drop),
@@ -107,8 +111,8 @@ def _refusals(
             "or lower window",
         ),
         (
-            config.budget is not None and config.budget < smallest,
-            f"budget={config.budget} and KV blocks of {block_size} tokens",
+            least < smallest,
+            f"budget={least} and KV blocks of {block_size} tokens",
             f"use a budget of at least {smallest}, or a smaller --block-size",
         ),
     ]

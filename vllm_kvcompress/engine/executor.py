@@ -14,6 +14,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..config import KVCompressionConfig
+from ..methods.base import Layer
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .layout import page_layout
@@ -21,7 +22,7 @@ from .rows import RowShift
 from .spec import CompressedAttentionSpec
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
-ReadRow = Callable[[int, str, int], torch.Tensor]
+ReadRow = Callable[[int, str, int, int], torch.Tensor]
 
 
 @dataclass
@@ -63,7 +64,7 @@ class CompressionExecutor:
     """What a model runner calls around each step."""
 
     def __init__(self, config: KVCompressionConfig, device: torch.device) -> None:
-        self._scorer = config.scorer
+        self._scorers = config.scorers
         self._device = device
         self._groups: dict[int, _Group] = {}
         self._windows: list[ObservationWindow] = []
@@ -95,7 +96,7 @@ class CompressionExecutor:
                 RowShift(max_num_reqs, self._device),
             )
             self._groups[index] = group
-            if self._scorer.needs_queries:
+            if any(scorer.needs_queries for scorer in self._scorers.values()):
                 for layer in group.layers:
                     layer.observation_window = ObservationWindow(self._spans)
                     self._windows.append(layer.observation_window)
@@ -136,8 +137,8 @@ class CompressionExecutor:
         """Execute the plan after the forward and report what was done.
 
         Args:
-            read_row: ``(group, request id, count)`` -> the first ``count``
-                physical blocks of the row, int64 on the device.
+            read_row: ``(group, request id, first, end)`` -> physical blocks at these
+                entries of the row, int64 on the device.
             write_row: ``(group, request id, first entry, block ids)``.
         """
         plan, self._plan = self._plan, StepPlan()
@@ -148,20 +149,18 @@ class CompressionExecutor:
         for request_id, groups in plan.compress.items():
             for index, directive in groups.items():
                 group = self._groups[index]
-                blocks = -(-directive.num_tokens // group.block_size)
-                self._compress(
-                    group, request_id, read_row(index, request_id, blocks), directive
-                )
-                write_row(
-                    index, request_id, directive.freed_blocks, directive.destination
-                )
-                evicted = directive.freed_blocks * group.block_size
-                group.rows.set(request_id, evicted)
+                first, size = directive.shift, group.block_size
+                end = -(-directive.num_tokens // size)
+                row = read_row(index, request_id, first, end)
+                self._compress(group, request_id, row, directive)
+                shift = directive.new_shift
+                write_row(index, request_id, shift, directive.destination)
+                group.rows.set(request_id, shift * size)
                 report.compressions += 1
-                report.tokens_evicted += evicted
+                report.tokens_evicted += directive.freed_blocks * size
                 report.blocks_freed += directive.freed_blocks
-                report.logical_tokens += directive.num_tokens
-                report.retained_tokens += directive.num_tokens - evicted
+                report.logical_tokens += directive.num_tokens - first * size
+                report.retained_tokens += directive.num_tokens - shift * size
         if plan.compress:
             report.seconds = time.perf_counter() - started
         self.totals.add(report)
@@ -172,9 +171,10 @@ class CompressionExecutor:
     def _compress(
         self, group: _Group, request_id: str, row: torch.Tensor, directive: Compress
     ) -> None:
-        """Score a prompt in every layer of a group, and copy its kept tokens."""
-        scorer, num_tokens = self._scorer, directive.num_tokens
-        candidates = directive.end_block * group.block_size
+        """Score a request in every layer of a group, and copy its kept tokens."""
+        scorer = self._scorers[directive.scorer]
+        num_tokens = directive.num_tokens - directive.shift * group.block_size
+        candidates = (directive.end_block - directive.shift) * group.block_size
         private = torch.tensor(directive.destination, dtype=torch.long)
         private = private.to(self._device, non_blocking=True)
         for layer in group.layers:
@@ -190,8 +190,11 @@ class CompressionExecutor:
                 queries,
                 layout.keys.take(cache, source)[:, :num_tokens],
                 values,
-                scale=layer.impl.scale,
-                softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
+                Layer(
+                    layer.compressed_index,
+                    layer.impl.scale,
+                    getattr(layer.impl, "logits_soft_cap", None) or 0.0,
+                ),
             )
             kept = select(scores[:, :candidates], len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):

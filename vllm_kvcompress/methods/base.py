@@ -1,9 +1,25 @@
 """What a method is: a scorer with its parameters."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention layer whose tokens are rated.
+
+    Attributes:
+        index: Among the layers that are compressed, from 0 at the bottom.
+        scale: Factor on attention logits.
+        softcap: Logit soft cap, 0 = none.
+    """
+
+    index: int
+    scale: float
+    softcap: float = 0.0
 
 
 class Scorer(BaseModel):
@@ -33,14 +49,27 @@ class Scorer(BaseModel):
         """How many tokens ``score`` protects with ``+inf``; a budget is larger."""
         return 0
 
+    @property
+    def layered(self) -> bool:
+        """Whether `layer_budgets` differ."""
+        return False
+
+    def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
+        """Deal out the layers' tokens per KV head, ``budget`` on average at most.
+
+        Args:
+            num_tokens: Length of the prompt.
+            budget: The average.
+            num_layers: Layers that are compressed; the lowest comes first.
+        """
+        return [budget] * num_layers
+
     def score(
         self,
         queries: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor | None,
-        *,
-        scale: float,
-        softcap: float = 0.0,
+        layer: Layer,
     ) -> torch.Tensor:
         """Rate the tokens of one layer.
 
@@ -50,8 +79,7 @@ class Scorer(BaseModel):
             keys: ``[kv_heads, tokens, head_size]`` (rotated).
             values: ``[kv_heads, tokens, head_size]``, or None if ``needs_values``
                 is False.
-            scale: The layer's factor on attention logits.
-            softcap: The layer's logit soft cap, 0 = none.
+            layer: What else is known of the layer.
 
         Returns:
             ``[kv_heads, tokens]`` float32; higher is kept first.

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from ..ops.pool import Pooling, pool
 from ..ops.window_scores import window_scores
-from .base import Scorer
+from .base import Layer, Scorer
 
 
 class SnapKV(Scorer):
@@ -44,14 +44,12 @@ class SnapKV(Scorer):
         queries: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor | None,
-        *,
-        scale: float,
-        softcap: float = 0.0,
+        layer: Layer,
     ) -> torch.Tensor:
         """See `Scorer.score`."""
         if queries is None:
             raise ValueError("SnapKV needs the observation window's queries")
-        scores = window_scores(queries, keys, scale=scale, softcap=softcap)
+        scores = window_scores(queries, keys, scale=layer.scale, softcap=layer.softcap)
         past = scores.shape[1] - self.window
         scores[:, :past] = pool(
             scores[:, :past], kernel_size=self.kernel_size, pooling=self.pooling
