@@ -246,8 +246,6 @@ class CompressedScheduler(Scheduler):
         observe: dict[str, tuple[int, int]] = {}
         compress: dict[str, dict[int, Compress]] = {}
         for request_id, count in scheduled.items():
-            if self._courses.get(request_id, self) is None:
-                continue
             request = self.requests[request_id]
             course = self._course(request)
             if course is None:
