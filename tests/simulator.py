@@ -109,7 +109,9 @@ class Executor(CompressionExecutor):
             seen = layer.observation_window.take(request_id).tolist()
             wanted = [[life.uid, i] for i in range(end - window, end)]
             require(seen == wanted, "observed", seen, "instead of", wanted)
-        worker.expect(row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source")
+        worker.expect(
+            row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source"
+        )
         life.kept[index] = directive
         for i, block in enumerate(directive.destination):
             worker.memory[block] = life.private(index)[i * BLOCK : (i + 1) * BLOCK]

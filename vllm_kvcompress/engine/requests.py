@@ -78,7 +78,7 @@ def request_settings(
         if type(budget) is not int or not least <= budget <= (fixed or budget):
             most = f" to {fixed}" if fixed else ""
             raise RequestError(BUDGET_KEY, budget, f"whole numbers from {least}{most}")
-    method = mode if mode in methods else None
+    method = mode if mode in config.request_methods else None
     return RequestSettings(mode != "off", budget, method)
 
 

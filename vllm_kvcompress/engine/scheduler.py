@@ -206,8 +206,8 @@ class CompressedScheduler(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        if self._compresses(request):
-            self._hit_limit = request.num_prompt_tokens - max(self._window, 1)
+        if course := self._course(request):
+            self._hit_limit = course.due - max(course.window, 1)
         try:
             return super()._get_local_prefix_cache_hit(request)
         finally:
