@@ -5,6 +5,7 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -101,7 +102,7 @@ class KVCompressionConfig(BaseModel):
                 for name, own in others.items()
             }
         config = _built(cls, "", scorer=scorer, **given)
-        if not any(getattr(config, key) for key in SIZE_KEYS):
+        if not (scorer.owns_budget or any(getattr(config, k) for k in SIZE_KEYS)):
             config = config.model_copy(update={"budget": DEFAULT_BUDGET})
         if contradiction := config._contradiction():
             raise ConfigError(f"{KEY}: {contradiction}")
@@ -110,6 +111,11 @@ class KVCompressionConfig(BaseModel):
     def _contradiction(self) -> str | None:
         """What two settings together make impossible."""
         sizes = self.model_dump(include=set(SIZE_KEYS), exclude_none=True)
+        if sizes and self.scorer.owns_budget:
+            return (
+                f"{', '.join(sizes)} cannot be given for {self.method}, whose own "
+                "parameters say what is kept; drop it"
+            )
         if len(sizes) > 1:
             both = " and ".join(f"{key}={value}" for key, value in sizes.items())
             return f"{both} exclude each other; give one of them"
@@ -228,7 +234,7 @@ class KVCompressionConfig(BaseModel):
         if self.prefill == "incremental":
             last = prompt - self.window
             yield from range(self.prefill_interval, last + 1, self.prefill_interval)
-        if prompt < end:
+        if prompt < end or self.scorer.prunes:  # then it speeds up the prefill
             yield prompt
         if self.decode:
             yield from range(prompt + self.decode.interval, end, self.decode.interval)
@@ -287,6 +293,7 @@ class KVCompressionConfig(BaseModel):
             requested: The same.
         """
         by_layer: Sequence[int]
+        method = self.scorers[scorer]
         layers = sum(map(len, tiers))
         if scorer == DECODE and self.decode and self.decode.budget:
             by_layer = [self.decode.budget] * layers
@@ -294,7 +301,11 @@ class KVCompressionConfig(BaseModel):
             by_layer = self.layer_budgets
         else:
             budget = self.prompt_budget(num_tokens, block_size, requested)
-            by_layer = self.scorers[scorer].layer_budgets(num_tokens, budget, layers)
+            by_layer = method.layer_budgets(num_tokens, budget, layers)
+        if method.owns_budget:
+            up = block_size - 1  # so that whole blocks hold no less
+            means = {tier: sum(by_layer[i] for i in tier) / len(tier) for tier in tiers}
+            return {tier: math.ceil(mean) + up for tier, mean in means.items()}
         if requested is not None:
             by_layer = [min(budget, requested) for budget in by_layer]
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))

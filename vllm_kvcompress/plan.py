@@ -18,6 +18,7 @@ class Compress:
         destination: ... by these physical blocks, filled with the kept tokens.
         shift: Blocks by which the row has been shifted before: it lacks as many
             logical blocks already.
+        pruned: The tokens are chosen during the forward, and no more are computed.
     """
 
     scorer: str
@@ -25,6 +26,7 @@ class Compress:
     end_block: int
     destination: tuple[int, ...]
     shift: int = 0
+    pruned: bool = False
 
     @property
     def new_shift(self) -> int:

@@ -37,6 +37,8 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
         supports_update_block_table = False
         # Set by the runner where the group is compressed; None passes through.
         row_shift: RowShift | None = None
+        # What the last metadata were built of, for the tiers of a pruned batch.
+        physical: CommonAttentionMetadata | None = None
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -55,9 +57,13 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 common_attn_metadata = self.row_shift.physical(
                     common_attn_metadata, self.kv_cache_spec.block_size
                 )
+                self.physical = common_attn_metadata
             return super().build(
                 common_prefix_len, common_attn_metadata, *args, **kwargs
             )
+
+        def build_physical(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            return super().build(0, common_attn_metadata)
 
     class CompressedImpl(impl_base):
         def forward(

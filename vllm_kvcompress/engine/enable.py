@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from . import compat, metrics, requests
+from .pruner import PRUNABLE
 from .worker import WORKERS
 
 
@@ -52,6 +53,7 @@ def _refusals(
     block_size = cache.block_size or 1
     smallest = config.smallest_budget(block_size)
     least = min(config.budgets, default=smallest)
+    prunes = any(scorer.prunes for scorer in config.scorers.values())
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
         (model.is_encoder_decoder, "encoder-decoder models", drop),
@@ -109,6 +111,18 @@ def _refusals(
             f"prefill chunks of {chunk} tokens and an observation window of {window}",
             "raise --max-num-batched-tokens (or --long-prefill-token-threshold) "
             "or lower window",
+        ),
+        (
+            prunes and model.architecture not in PRUNABLE,
+            f"method={config.method} on {model.architecture}, whose layers it cannot "
+            "prune",
+            "add prune=false, which drops their KV only",
+        ),
+        (
+            prunes and parallel.tensor_parallel_size > 1,
+            f"method={config.method} and --tensor-parallel-size "
+            f"{parallel.tensor_parallel_size}",
+            "use size 1 or add prune=false",
         ),
         (
             least < smallest,

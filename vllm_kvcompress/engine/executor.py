@@ -14,10 +14,11 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..config import KVCompressionConfig
-from ..methods.base import Layer
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
-from .layout import page_layout
+from .layers import rated
+from .layout import kernel_blocks, page_layout
+from .pruner import Pruner, Tier
 from .rows import RowShift
 from .spec import CompressedAttentionSpec
 
@@ -70,6 +71,8 @@ class CompressionExecutor:
         self._windows: list[ObservationWindow] = []
         self._spans: list[tuple[str, int, int]] = []
         self._plan = StepPlan()
+        # Set by the runner, where a scorer prunes.
+        self.pruner: Pruner | None = None
         self.totals = Counters()
 
     def bind(
@@ -101,6 +104,22 @@ class CompressionExecutor:
                     layer.observation_window = ObservationWindow(self._spans)
                     self._windows.append(layer.observation_window)
 
+    def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
+        """Learn the model's layers, if a scorer prunes them.
+
+        Args:
+            model: vLLM's.
+            builders: KV cache group -> builder of its attention metadata.
+        """
+        if not any(scorer.prunes for scorer in self._scorers.values()):
+            return
+        tiers = [
+            Tier(index, group.block_size, builders[index], group.layers)
+            for index, group in self._groups.items()
+        ]
+        tiers.sort(key=lambda tier: tier.layers[0].compressed_index)
+        self.pruner = Pruner(model, tiers, self._scorers)
+
     def row_shift(self, group: int) -> RowShift | None:
         """The group's row shift, None if the group is not compressed."""
         return self._groups[group].rows if group in self._groups else None
@@ -126,12 +145,16 @@ class CompressionExecutor:
             if span := self._plan.observe.get(request_id):
                 self._spans.append((request_id, first + span[0], first + span[1]))
             first += int(count)
+        if self.pruner:
+            self.pruner.begin(self._plan, request_ids, counts, self._spans)
 
     def end_forward(self) -> None:
         """Later batches are dummies until the next `begin_step`."""
         self._spans.clear()
         for group in self._groups.values():
             group.rows.begin(())
+        if self.pruner:
+            self.pruner.end()
 
     def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
         """Execute the plan after the forward and report what was done.
@@ -150,9 +173,10 @@ class CompressionExecutor:
             for index, directive in groups.items():
                 group = self._groups[index]
                 first, size = directive.shift, group.block_size
-                end = -(-directive.num_tokens // size)
-                row = read_row(index, request_id, first, end)
-                self._compress(group, request_id, row, directive)
+                if not directive.pruned:
+                    end = -(-directive.num_tokens // size)
+                    row = read_row(index, request_id, first, end)
+                    self._compress(group, request_id, row, directive)
                 shift = directive.new_shift
                 write_row(index, request_id, shift, directive.destination)
                 group.rows.set(request_id, shift * size)
@@ -161,6 +185,8 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
+            if any(directive.pruned for directive in groups.values()):
+                self._drop_queries(request_id)
         if plan.compress:
             report.seconds = time.perf_counter() - started
         self.totals.add(report)
@@ -179,8 +205,8 @@ class CompressionExecutor:
         private = private.to(self._device, non_blocking=True)
         for layer in group.layers:
             cache, layout = layer.kv_cache, page_layout(layer)
-            source = _kernel_blocks(row, group.block_size // cache.shape[2])
-            target = _kernel_blocks(private, group.block_size // cache.shape[2])
+            source = kernel_blocks(row, group.block_size // cache.shape[2])
+            target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
             if scorer.needs_queries:
                 queries = layer.observation_window.take(request_id)
@@ -190,11 +216,7 @@ class CompressionExecutor:
                 queries,
                 layout.keys.take(cache, source)[:, :num_tokens],
                 values,
-                Layer(
-                    layer.compressed_index,
-                    layer.impl.scale,
-                    getattr(layer.impl, "logits_soft_cap", None) or 0.0,
-                ),
+                rated(layer),
             )
             kept = select(scores[:, :candidates], len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):
@@ -204,11 +226,8 @@ class CompressionExecutor:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
+        self._drop_queries(request_id)
+
+    def _drop_queries(self, request_id: str) -> None:
         for window in self._windows:
             window.queries.pop(request_id, None)
-
-
-def _kernel_blocks(blocks: torch.Tensor, split: int) -> torch.Tensor:
-    """The manager's blocks as the attention kernel's, ``split`` of them each."""
-    parts = torch.arange(split, device=blocks.device)
-    return (blocks[:, None] * split + parts).flatten()

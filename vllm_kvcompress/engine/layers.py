@@ -8,6 +8,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from ..config import KEY, ConfigError, KVCompressionConfig
+from ..methods.base import Layer
 from .spec import CompressedAttentionSpec
 
 
@@ -48,6 +49,12 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             layer.get_kv_cache_spec = _Compressed(
                 layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
             )
+
+
+def rated(layer: Any) -> Layer:
+    """What scorers may know of a compressed layer."""
+    softcap = getattr(layer.impl, "logits_soft_cap", None) or 0.0
+    return Layer(layer.compressed_index, layer.impl.scale, softcap)
 
 
 class _Compressed:

@@ -51,7 +51,13 @@ class CompressedKVManager(FullAttentionManager):
         return fit(held, budget, self.block_size)
 
     def compress(
-        self, request_id: str, scorer: str, num_tokens: int, target: Fit
+        self,
+        request_id: str,
+        scorer: str,
+        num_tokens: int,
+        target: Fit,
+        *,
+        pruned: bool = False,
     ) -> Compress | None:
         """Take blocks off a request's list, for the worker to empty.
 
@@ -60,6 +66,7 @@ class CompressedKVManager(FullAttentionManager):
             scorer: which method compresses it.
             num_tokens: Tokens that are computed after this step, or fewer.
             target: What is kept of them, from `fit`.
+            pruned: See `Compress`.
 
         Returns:
             The directive, or None if no private blocks can be had now.
@@ -82,6 +89,7 @@ class CompressedKVManager(FullAttentionManager):
             end_block=end_block,
             destination=tuple(block.block_id for block in destination),
             shift=shift,
+            pruned=pruned,
         )
 
     def _private_blocks(

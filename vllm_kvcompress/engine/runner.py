@@ -49,6 +49,13 @@ class _Runner:
                         f"{KEY}: {type(builder).__name__} would not see compression"
                     )
                 builder.row_shift = row_shift
+        self.compression.bind_pruner(
+            self.get_model(),
+            {
+                i: groups[0].metadata_builders[0]
+                for i, groups in enumerate(self.attn_groups)
+            },
+        )
 
     def execute_model(
         self: Any, scheduler_output: Any, *args: Any, **kwargs: Any

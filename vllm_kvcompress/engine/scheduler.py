@@ -40,6 +40,7 @@ class _Course:
         window: Queries that it wants to see.
         due: It comes after the step that computes the last of so many tokens.
         targets: What is to be kept, in the groups that still wait for it.
+        prune: Whether dropped tokens are not even computed in higher layers.
         dry: Whether private blocks were missing.
     """
 
@@ -48,6 +49,7 @@ class _Course:
     window: int
     due: int
     targets: dict[int, Fit]
+    prune: bool = False
     dry: bool = False
 
 
@@ -148,8 +150,10 @@ class CompressedScheduler(Scheduler):
         request_id = request.request_id
         if request_id not in self._courses:
             settings, reason = self._settings(request)
-            course = settings and self._next(request, settings, 0)
+            course = self._next(request, settings, 0) if settings else None
             self._courses[request_id] = course
+            if course and course.prune:
+                self._exact_tokens[request_id] = 0
             if course is None and request.num_preemptions == 0:
                 self._skipped[reason] += 1
         return self._courses[request_id]
@@ -183,7 +187,8 @@ class CompressedScheduler(Scheduler):
             scorer = settings.method or self._config.method
             if due > prompt:
                 scorer = DECODE
-            window = self._config.scorers[scorer].needs_queries
+            method = self._config.scorers[scorer]
+            window = method.queries_wanted(due)
             if due - max(window, 1) < computed:
                 continue
             budgets = self._budgets(scorer, prompt, settings.budget)
@@ -193,8 +198,21 @@ class CompressedScheduler(Scheduler):
             }
             targets = {group: fit for group, fit in targets.items() if fit.shrinks}
             if targets:
-                return _Course(settings, scorer, window, due, targets)
+                prune = method.prunes and due == prompt and self._prunable(request)
+                return _Course(settings, scorer, window, due, targets, prune)
         return None
+
+    def _prunable(self, request: Request) -> bool:
+        """Whether a prompt always finds room in one step; all of it has to."""
+        config = self.scheduler_config
+        room = config.max_num_batched_tokens - config.max_num_seqs
+        threshold = config.long_prefill_token_threshold or room
+        params = request.sampling_params
+        return (
+            request.num_prompt_tokens <= min(room, threshold)
+            and params is not None
+            and params.prompt_logprobs is None
+        )
 
     def _free_request_blocks(self, request: Request) -> None:
         self._courses.pop(request.request_id, None)
@@ -207,7 +225,8 @@ class CompressedScheduler(Scheduler):
         self, request: Request
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         if course := self._course(request):
-            self._hit_limit = course.due - max(course.window, 1)
+            hit = 0 if course.prune else course.due - max(course.window, 1)
+            self._hit_limit = hit
         try:
             return super()._get_local_prefix_cache_hit(request)
         finally:
@@ -230,6 +249,8 @@ class CompressedScheduler(Scheduler):
             return count
         if missing <= count:
             return missing
+        if course.prune:
+            return 0  # until a step has room for all of it
         early = course.window - (missing - count)
         return count - early if 0 < early < count else count
 
@@ -267,7 +288,7 @@ class CompressedScheduler(Scheduler):
         planned: dict[int, Compress] = {}
         for group, target in list(course.targets.items()):
             directive = self._managers[group].compress(
-                request_id, course.scorer, course.due, target
+                request_id, course.scorer, course.due, target, pruned=course.prune
             )
             if directive is not None:
                 planned[group] = directive

@@ -11,6 +11,7 @@ from .base import Scorer
 
 METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
+    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
 }

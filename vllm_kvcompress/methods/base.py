@@ -39,6 +39,10 @@ class Scorer(BaseModel):
         """How many of the prompt's last queries ``score`` wants; 0 = keys only."""
         return 0
 
+    def queries_wanted(self, num_tokens: int) -> int:
+        """The same for a prompt of ``num_tokens``, where it depends on that."""
+        return self.needs_queries
+
     @property
     def needs_values(self) -> bool:
         """Whether ``score`` looks at the values."""
@@ -52,6 +56,19 @@ class Scorer(BaseModel):
     @property
     def layered(self) -> bool:
         """Whether `layer_budgets` differ."""
+        return False
+
+    @property
+    def owns_budget(self) -> bool:
+        """Whether `layer_budgets` follow from the method's own parameters.
+
+        They then never rise with depth, and are rounded up to whole blocks.
+        """
+        return False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a layer's dropped tokens are not computed in the layers above."""
         return False
 
     def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
