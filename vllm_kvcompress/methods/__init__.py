@@ -13,6 +13,11 @@ METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
+    "tova": "vllm_kvcompress.methods.tova:TOVA",
+    "keydiff": "vllm_kvcompress.methods.keydiff:KeyDiff",
+    "knorm": "vllm_kvcompress.methods.knorm:KNorm",
+    "rkv": "vllm_kvcompress.methods.rkv:RKV",
+    "random": "vllm_kvcompress.methods.random:Random",
 }
 
 
