@@ -14,7 +14,7 @@ from tests.oracle import (
     rkv_scores,
     tova_scores,
 )
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer, Scorer
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
@@ -66,6 +66,26 @@ def test_method_keeps_its_word(entry: dict, group: int, dtype: torch.dtype) -> N
         assert protected[:, -window:].all()
         with pytest.raises(ValueError, match="quer"):
             scorer.score(None, keys, None, LAYER)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "told"),
+    [
+        ("pyramidkv", "beta", 0, "greater than or equal to 1"),
+        ("pyramidkv", "kernel_size", 4, "odd"),
+        ("rkv", "window", 0, "greater than or equal to 1"),
+        ("rkv", "kernel_size", 6, "odd"),
+        ("rkv", "kernel_size", -1, "greater than or equal to 1"),
+        ("rkv", "mix_lambda", 1.5, "less than or equal to 1"),
+        ("rkv", "threshold", -0.1, "greater than or equal to 0"),
+        ("rkv", "recent", -1, "greater than or equal to 0"),
+        ("random", "seed", -1, "greater than or equal to 0"),
+        ("random", "seed", 2**16, "less than 65536"),
+    ],
+)
+def test_bad_parameters(method: str, field: str, value: float, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value} .*{told}"):
+        KVCompressionConfig.from_dict({"method": method, field: value})
 
 
 # KeyDiff -------------------------------------------------------------------
