@@ -14,6 +14,11 @@ METHODS = {
     "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
+    "tova": "vllm_kvcompress.methods.tova:TOVA",
+    "keydiff": "vllm_kvcompress.methods.keydiff:KeyDiff",
+    "knorm": "vllm_kvcompress.methods.knorm:KNorm",
+    "rkv": "vllm_kvcompress.methods.rkv:RKV",
+    "random": "vllm_kvcompress.methods.random:Random",
 }
 
 

@@ -25,11 +25,15 @@ class PyramidKV(SnapKV):
     def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
         """See `Scorer.layer_budgets`."""
         mean, past = budget - self.window, num_tokens - self.window
-        if num_layers == 1 or num_tokens < 2 * mean:
+        if num_layers == 1 or num_tokens < max(budget, 2 * mean):
             return [budget] * num_layers
         low = mean // self.beta
         high = 2 * mean - low
         if high > past:
             high, low = past, 2 * mean - past
-        step = (high - low) / (num_layers - 1)
-        return [int(high - layer * step) + self.window for layer in range(num_layers)]
+        fall, steps = high - low, num_layers - 1
+        # Rounded down, in integers: floats are one too low now and then.
+        return [
+            (high * steps - layer * fall) // steps + self.window
+            for layer in range(num_layers)
+        ]

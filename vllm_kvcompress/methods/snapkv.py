@@ -1,13 +1,22 @@
 """SnapKV: keep what the end of the prompt looks at (arXiv 2404.14469)."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from ..ops.pool import Pooling, pool
 from ..ops.window_scores import window_scores
 from .base import Layer, Scorer
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, such as 5 or 7")
+    return value
+
+
+KernelSize = Annotated[int, AfterValidator(_odd)]
 
 
 class SnapKV(Scorer):
@@ -21,15 +30,10 @@ class SnapKV(Scorer):
     name: ClassVar[str] = "snapkv"
 
     window: int = Field(32, ge=1, description="Last prompt tokens that vote.")
-    kernel_size: int = Field(7, ge=1, description="Pooling width, odd; 1 = none.")
+    kernel_size: KernelSize = Field(
+        7, ge=1, description="Pooling width, odd; 1 = none."
+    )
     pooling: Pooling = Field("max", description="How neighbours are smoothed.")
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("must be odd, such as 5 or 7")
-        return value
 
     @property
     def needs_queries(self) -> int:
