@@ -47,11 +47,13 @@ class StepPlan:
         observe: Request id -> ``(first, end)`` of its tokens in this step that
             belong to an observation window.
         compress: Request id -> KV cache group -> what to do.
+        observed: Requests whose observation windows nobody waits for any more.
         skipped: Reason -> requests left uncompressed since the last plan.
     """
 
     observe: dict[str, tuple[int, int]] = field(default_factory=dict)
     compress: dict[str, dict[int, Compress]] = field(default_factory=dict)
+    observed: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

@@ -185,8 +185,8 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
-            if any(directive.pruned for directive in groups.values()):
-                self._drop_queries(request_id)
+        for request_id in plan.observed:
+            self._drop_queries(request_id)
         if plan.compress:
             report.seconds = time.perf_counter() - started
         self.totals.add(report)

@@ -266,6 +266,7 @@ class CompressedScheduler(Scheduler):
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         observe: dict[str, tuple[int, int]] = {}
         compress: dict[str, dict[int, Compress]] = {}
+        observed: list[str] = []
         for request_id, count in scheduled.items():
             request = self.requests[request_id]
             course = self._course(request)
@@ -276,11 +277,14 @@ class CompressedScheduler(Scheduler):
             first, last = max(start, due - course.window), min(end, due)
             if first < last:
                 observe[request_id] = (first - start, last - start)
-            if end >= due and (groups := self._compress(request, course)):
-                compress[request_id] = groups
+            if end >= due:
+                if groups := self._compress(request, course):
+                    compress[request_id] = groups
+                if not course.targets:
+                    observed.append(request_id)
         skipped, self._skipped = dict(self._skipped), Counter()
         self._unsent.add(Counters(skipped=skipped))
-        return StepPlan(observe, compress, skipped)
+        return StepPlan(observe, compress, observed, skipped)
 
     def _compress(self, request: Request, course: "_Course") -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
