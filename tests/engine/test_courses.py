@@ -31,7 +31,7 @@ COURSES: dict[str, dict[str, Any]] = {
         "keep_ratio": 1.0,
         "decode": {"method": "streamingllm", "interval": 32, "budget": 160},
     },
-    "layers": {**SNAPKV, "layer_budgets": [256, 64]},
+    "layers": {**SNAPKV, "layer_budgets": [256, 64], "decode": {"interval": 32}},
     "layers, decode": {
         "method": "pyramidkv",
         "window": 16,
@@ -48,7 +48,7 @@ COURSES: dict[str, dict[str, Any]] = {
     },
 }
 LENGTHS = [500, 90, 231, 96]
-COUNT = 150
+COUNT = 100
 LAYERS = 2
 
 
