@@ -10,6 +10,8 @@ METHODS = [
     {"method": "snapkv", "keep_ratio": 0.5, "window": 16, "pooling": "avg"},
     {"method": "pyramidkv", "budget": 256, "layers_per_tier": 1},
     {"method": "pyramidkv", "keep_ratio": 0.4, "window": 8, "beta": 3},
+    {"method": "pyramidinfer", "prune": False},
+    {"method": "pyramidinfer", "prune": False, "layers_per_tier": 1, "sinks": 0},
     {"method": "streamingllm", "budget": 256, "sinks": 4},
     {"method": "streamingllm", "keep_ratio": 0.25, "sinks": 0},
     {"method": "tova", "budget": 256},

@@ -17,6 +17,7 @@ from tests.engine.conftest import (
     free_blocks,
     generate,
     prompt,
+    scheduler,
 )
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
@@ -139,3 +140,102 @@ def tier_shifts(settings: dict[str, Any], length: int) -> list[int]:
     _, shift = cuts(settings, length)
     tiers = KVCompressionConfig.from_dict(settings).tiers(LAYERS)
     return [shift[tier[0]] for tier in tiers]
+
+
+OVER_TIME = ["decode", "layers, decode", "incremental"]
+
+
+def held(llm: Any) -> list[int]:
+    """Collects how many blocks are in use after each step."""
+    most: list[int] = []
+    original = scheduler(llm).schedule
+    usable = scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        most.append(usable - free_blocks(llm))
+        return output
+
+    scheduler(llm).schedule = schedule
+    return most
+
+
+@pytest.mark.parametrize("name", OVER_TIME)
+def test_preemption_chunks_and_hits_change_nothing(llama: Path, name: str) -> None:
+    """When and what is lost depends on the request alone."""
+    config = {"kv_compression": COURSES[name]}
+    prompts = [prompt(n, seed=n) for n in [*LENGTHS, 410, 333]]
+    with engine(llama, additional_config=config, max_num_batched_tokens=512) as llm:
+        unhurried = [generate(llm, [each], COUNT)[0] for each in prompts]
+        hits = generate(llm, prompts, COUNT)
+        assert hits[0].cached > 0
+    for mine, theirs in zip(hits, unhurried, strict=True):
+        assert mine.near(theirs)
+    blocks = 2 if "layers" in name else 1
+    with engine(
+        llama,
+        additional_config=config,
+        max_num_batched_tokens=64,
+        max_model_len=640,
+        num_gpu_blocks_override=21 * blocks,
+    ) as llm:
+        before, preempted = free_blocks(llm), []
+        original = scheduler(llm)._preempt_request
+
+        def counting(request: Any, *args: Any, **kwargs: Any) -> None:
+            preempted.append(request.request_id)
+            original(request, *args, **kwargs)
+
+        scheduler(llm)._preempt_request = counting
+        tight = generate(llm, prompts, COUNT)
+        assert free_blocks(llm) == before
+    assert preempted or name == "incremental"
+    for mine, theirs in zip(tight, unhurried, strict=True):
+        assert mine.near(theirs)
+
+
+def test_a_generation_of_any_length_holds_bounded_memory(llama: Path) -> None:
+    settings = COURSES["decode"]
+    with engine(llama, additional_config={"kv_compression": settings}) as llm:
+        most = held(llm)
+        generate(llm, [prompt(40)], 900)
+        compressions = stats(llm)["compressions"]
+    # budget 128 and 48 tokens between compressions; copies exist for one step.
+    assert max(most) <= -(-(128 + 48) // BLOCK) + 128 // BLOCK + 1
+    assert compressions >= 900 // 48 - 4
+
+
+def test_a_prompt_longer_than_the_kv_space(llama: Path) -> None:
+    """Stock vLLM does not even start; incremental compression serves it."""
+    space = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 64}
+    long = prompt(1900, seed=1)
+    settings = COURSES["incremental"]
+    with pytest.raises(ValueError, match="max seq len"), engine(llama, **space):
+        pass
+    with engine(llama, additional_config={"kv_compression": settings}, **space) as llm:
+        before, most = free_blocks(llm), held(llm)
+        (tight,) = generate(llm, [long], COUNT)
+        assert free_blocks(llm) == before
+        assert max(most) < 24
+    with engine(llama, additional_config={"kv_compression": settings}) as llm:
+        (roomy,) = generate(llm, [long], COUNT)
+    assert tight.near(roomy)
+
+
+def test_a_request_chooses_its_method(llama: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    server = {**SNAPKV, "budget": 128, "request_methods": ["streamingllm", "knorm"]}
+    length = [prompt(500, seed=500)]
+    with engine(llama, additional_config={"kv_compression": server}) as llm:
+        chosen = {
+            name: generate(llm, length, 12, extra_args={"kv_compression": name})[0]
+            for name in ("streamingllm", "knorm", "on")
+        }
+        with pytest.raises(VLLMValidationError, match="'keydiff'.*'knorm'"):
+            generate(llm, length, 12, extra_args={"kv_compression": "keydiff"})
+    for name, answer in chosen.items():
+        method = {"method": name} if name != "on" else SNAPKV
+        alone = {"kv_compression": {**method, "budget": 128}}
+        with engine(llama, additional_config=alone) as llm:
+            assert generate(llm, length, 12)[0].near(answer), name

@@ -11,8 +11,8 @@ from .base import Scorer
 
 METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
-    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
+    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
     "tova": "vllm_kvcompress.methods.tova:TOVA",
     "keydiff": "vllm_kvcompress.methods.keydiff:KeyDiff",
