@@ -196,7 +196,7 @@ def test_the_file_has_the_documented_layout(tmp_path: Path, monkeypatch):
         ran.append((name, bool(arm), len(job.passes[0][0])))
         return arms.ArmResult(figures(), [], None, {"threads": 2, "block_size": 128})
 
-    about = {"name": "random-weight Llama"}
+    about = {"name": "random-weight Llama", "layers": 2}
     model = bench_model.BenchModel("m", "float32", 50, 4096, about)
     monkeypatch.setattr(bench, "bench_model", lambda location: model)
     monkeypatch.setattr(arms, "run_arm", run_arm)
