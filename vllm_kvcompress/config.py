@@ -226,7 +226,7 @@ class KVCompressionConfig(BaseModel):
             end: Tokens that it has in the end; compressing then is of no use.
         """
         if self.prefill == "incremental":
-            last = prompt - self.window
+            last = prompt - max(self.window, 1)
             yield from range(self.prefill_interval, last + 1, self.prefill_interval)
         if prompt < end:
             yield prompt
