@@ -188,8 +188,10 @@ class Run:
 
     def check_hit(self, request: Request) -> Any:
         """A prefix is hit as ever, but for what a compression has to see computed."""
-        found = self.find_hit(request)
-        hit = stock = Scheduler._get_local_prefix_cache_hit(self.scheduler, request)[1]
+        found, scheduler = self.find_hit(request), self.scheduler
+        limit, scheduler._hit_limit = scheduler._hit_limit, None
+        hit = stock = Scheduler._get_local_prefix_cache_hit(scheduler, request)[1]
+        scheduler._hit_limit = limit
         if wanted := self.course(request).next:
             most = (wanted.due - max(wanted.window, 1)) // BLOCK
             hit = min(stock, most * BLOCK)
