@@ -162,8 +162,10 @@ class Run:
         for request in self.scheduler.running:
             self.check_request(request, plan)
         for window in self.worker.compression._windows:
-            for latest in window.queries.values():
-                require(sum(map(len, latest[1:])) < window.size, "windows pile up")
+            for request_id, chunks in window.queries.items():
+                course = self.scheduler._courses.get(request_id)
+                most = course.window if course else 0
+                require(sum(map(len, chunks)) <= most, "windows pile up")
         self.check_pool()
         self.seen["hits"] += sum(
             new.num_computed_tokens > 0 for new in out.scheduled_new_reqs

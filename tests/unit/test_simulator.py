@@ -26,7 +26,7 @@ from tests.simulator import Violation, Worker
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Workload, workloads
 from vllm_kvcompress import methods
-from vllm_kvcompress.engine.executor import CompressionExecutor, ObservationWindow
+from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.engine.scheduler import CompressedScheduler
@@ -122,8 +122,8 @@ def _keep_stolen_hashes(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _free_at_planning(compress: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(self: Any, *args: Any) -> Any:
-        directive = compress(self, *args)
+    def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        directive = compress(self, *args, **kwargs)
         self.block_pool.free_blocks(self.take_pending())
         return directive
 
@@ -142,16 +142,16 @@ def _former(self: Any, request_id: str, compress: Callable[[], Any]) -> Any:
 
 
 def _forget_former_blocks(compress: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(self: Any, request_id: str, *args: Any) -> Any:
-        again = partial(compress, self, request_id, *args)
+    def planted(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        again = partial(compress, self, request_id, *args, **kwargs)
         return _former(self, request_id, again)[0]
 
     return planted
 
 
 def _free_former_blocks(compress: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(self: Any, request_id: str, *args: Any) -> Any:
-        again = partial(compress, self, request_id, *args)
+    def planted(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        again = partial(compress, self, request_id, *args, **kwargs)
         directive, former = _former(self, request_id, again)
         self.block_pool.free_blocks(former)
         return directive
@@ -254,11 +254,7 @@ def _read_from_the_start(finish: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_windows(_: Callable[..., Any]) -> Callable[..., Any]:
-    def capture(self: Any, query: Any) -> None:
-        for request_id, first, end in self.spans:
-            self.queries.setdefault(request_id, []).append(query[first:end].clone())
-
-    return capture
+    return lambda self, request_id: None
 
 
 def _keep_preempted_rows(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -350,8 +346,8 @@ PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         {"decode": True},
     ),
     "windows pile up": (
-        ObservationWindow,
-        "capture",
+        EXECUTOR,
+        "_drop_queries",
         _keep_windows,
         {"layered": True},
     ),

@@ -28,20 +28,15 @@ ReadRow = Callable[[int, str, int, int], torch.Tensor]
 
 @dataclass
 class ObservationWindow:
-    """The latest observed queries of one layer, until they are taken.
-
-    All layers observe, but a layer that has nothing to give up yet takes none: it
-    gets another window before the first is taken.
+    """Queries of one layer, kept until their request is compressed.
 
     Attributes:
         spans: ``(request id, first, end)`` of tokens in the current batch; one
             list shared by all layers.
-        size: The most queries that are taken at once.
         queries: Request id -> chunks ``[tokens, query_heads, head_size]``.
     """
 
     spans: list[tuple[str, int, int]]
-    size: int
     queries: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -50,14 +45,11 @@ class ObservationWindow:
     def capture(self, query: torch.Tensor) -> None:
         """Copy the spans out of a batch's queries ``[tokens, heads, head_size]``."""
         for request_id, first, end in self.spans:
-            chunks = self.queries.setdefault(request_id, [])
-            chunks.append(query[first:end].clone())
-            while sum(map(len, chunks[1:])) >= self.size:
-                del chunks[0]
+            self.queries.setdefault(request_id, []).append(query[first:end].clone())
 
-    def take(self, request_id: str, count: int) -> torch.Tensor:
-        """Give away a request's last ``[count, query_heads, head_size]``."""
-        return torch.cat(self.queries.pop(request_id))[-count:]
+    def take(self, request_id: str) -> torch.Tensor:
+        """Give away a request's window, ``[window, query_heads, head_size]``."""
+        return torch.cat(self.queries.pop(request_id))
 
 
 @dataclass
@@ -74,7 +66,6 @@ class CompressionExecutor:
 
     def __init__(self, config: KVCompressionConfig, device: torch.device) -> None:
         self._scorers = config.scorers
-        self._window = config.window
         self._device = device
         self._groups: dict[int, _Group] = {}
         self._windows: list[ObservationWindow] = []
@@ -108,11 +99,10 @@ class CompressionExecutor:
                 RowShift(max_num_reqs, self._device),
             )
             self._groups[index] = group
-            if self._window:
+            if any(scorer.needs_queries for scorer in self._scorers.values()):
                 for layer in group.layers:
-                    window = ObservationWindow(self._spans, self._window)
-                    layer.observation_window = window
-                    self._windows.append(window)
+                    layer.observation_window = ObservationWindow(self._spans)
+                    self._windows.append(layer.observation_window)
 
     def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
         """Learn the model's layers, if a scorer prunes them.
@@ -218,8 +208,8 @@ class CompressionExecutor:
             source = kernel_blocks(row, group.block_size // cache.shape[2])
             target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
-            if count := scorer.needs_queries:
-                queries = layer.observation_window.take(request_id, count)
+            if scorer.needs_queries:
+                queries = layer.observation_window.take(request_id)
             if scorer.needs_values:
                 values = layout.values.take(cache, source)[:, :num_tokens]
             scores = scorer.score(
