@@ -79,7 +79,8 @@ class HeadPages(RowShift):
         if not any(request_id in self._pages for request_id in self._rows):
             return None
         table, heads = physical.block_table_tensor, self._kv_heads
-        self._lay_out(*table.shape, block_size)
+        rows, width = table.shape
+        self._lay_out(rows, width, block_size)
         pages = table.expand(heads, -1, -1).gather(2, self._column)
         pages = pages.mul_(heads).add_(torch.arange(heads).view(-1, 1, 1))
         starts = physical.query_start_loc_cpu
@@ -88,6 +89,7 @@ class HeadPages(RowShift):
         end = torch.tensor([heads * tokens], dtype=starts.dtype)
         starts = torch.cat([(first + starts[:-1]).flatten(), end])
         lens = (physical.seq_lens + self._extra).flatten()
+        dealt = torch.where(self._own >= 0, self._own, pages)
         return physical.replace(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -96,9 +98,7 @@ class HeadPages(RowShift):
             num_reqs=len(lens),
             num_actual_tokens=heads * tokens,
             max_seq_len=int(lens.max()),
-            block_table_tensor=torch.where(self._own >= 0, self._own, pages).flatten(
-                0, 1
-            ),
+            block_table_tensor=dealt.flatten(0, 1),
             positions=None,
             is_prefilling=None,
             req_idx=None,
