@@ -11,8 +11,8 @@ from .base import Scorer
 
 METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
-    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "ada_snapkv": "vllm_kvcompress.methods.ada_snapkv:AdaSnapKV",
+    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
     "tova": "vllm_kvcompress.methods.tova:TOVA",
