@@ -8,6 +8,8 @@ METHODS = [
     {"method": "snapkv", "budget": 256, "window": 32},
     {"method": "snapkv", "budget": 64, "window": 1, "kernel_size": 1},
     {"method": "snapkv", "keep_ratio": 0.5, "window": 16, "pooling": "avg"},
+    {"method": "ada_snapkv", "budget": 256, "layers_per_tier": 1},
+    {"method": "ada_snapkv", "keep_ratio": 0.3, "window": 8, "floor": 0.0},
     {"method": "pyramidkv", "budget": 256, "layers_per_tier": 1},
     {"method": "pyramidkv", "keep_ratio": 0.4, "window": 8, "beta": 3},
     {"method": "pyramidinfer", "prune": False},

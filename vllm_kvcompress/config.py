@@ -130,6 +130,8 @@ class KVCompressionConfig(BaseModel):
                 f"layers_per_tier={self.layers_per_tier} needs budgets that differ by "
                 "layer; drop it, or give layer_budgets"
             )
+        if reason := self._uneven_with():
+            return reason
         for name, scorer in self.request_methods.items():
             if scorer.layered and not self.tiered:
                 return (
@@ -149,6 +151,28 @@ class KVCompressionConfig(BaseModel):
         for key, interval in intervals.items():
             if interval < self.window:
                 return f"{key}={interval} must be at least the window of {self.window}"
+        return None
+
+    def _uneven_with(self) -> str | None:
+        """What cannot be had where KV heads hold unequally many tokens."""
+        for name, scorer in self.request_methods.items():
+            if scorer.uneven and name != self.method:
+                return (
+                    f"request_methods may not hold {name}, which needs rows of its own "
+                    "for every KV head; make it the server's method"
+                )
+            if scorer.prunes and self.scorer.uneven:
+                return (
+                    f"request_methods may not hold {name}, which prunes layers, beside "
+                    f"method={self.method}; give it prune=false"
+                )
+        again = "prefill='incremental'" if self.prefill == "incremental" else "decode"
+        uneven = [s.name for s in self.scorers.values() if s.uneven]
+        if uneven and (self.decode or self.prefill == "incremental"):
+            return (
+                f"{again} compresses a request more than once, which {uneven[0]} "
+                "cannot; drop it or choose another method"
+            )
         return None
 
     @property
@@ -196,7 +220,7 @@ class KVCompressionConfig(BaseModel):
 
     @property
     def tiered(self) -> bool:
-        """Whether budgets differ by layer."""
+        """Whether budgets, or heads' shares of them, differ by layer."""
         return self.layer_budgets is not None or self.scorer.layered
 
     def settings(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..config import KVCompressionConfig
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
+from .head_pages import HeadPages, keep_by_head
 from .layers import rated
 from .layout import kernel_blocks, page_layout
 from .pruner import Pruner, Tier
@@ -90,13 +91,17 @@ class CompressionExecutor:
         """
         self._groups.clear()
         self._windows.clear()
+        uneven = any(scorer.uneven for scorer in self._scorers.values())
         for index, spec in enumerate(kv_cache_config.kv_cache_groups):
-            if not isinstance(spec.kv_cache_spec, CompressedAttentionSpec):
+            kv_spec = spec.kv_cache_spec
+            if not isinstance(kv_spec, CompressedAttentionSpec):
                 continue
             group = _Group(
                 [layers[name] for name in spec.layer_names],
-                spec.kv_cache_spec.block_size,
-                RowShift(max_num_reqs, self._device),
+                kv_spec.block_size,
+                HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
+                if uneven
+                else RowShift(max_num_reqs, self._device),
             )
             self._groups[index] = group
             if any(scorer.needs_queries for scorer in self._scorers.values()):
@@ -203,6 +208,7 @@ class CompressionExecutor:
         candidates = (directive.end_block - directive.shift) * group.block_size
         private = torch.tensor(directive.destination, dtype=torch.long)
         private = private.to(self._device, non_blocking=True)
+        by_head: list[tuple[torch.Tensor, Any, Any]] = []
         for layer in group.layers:
             cache, layout = layer.kv_cache, page_layout(layer)
             source = kernel_blocks(row, group.block_size // cache.shape[2])
@@ -218,9 +224,15 @@ class CompressionExecutor:
                 values,
                 rated(layer),
             )
-            kept = select(scores[:, :candidates], len(target) * cache.shape[2])
+            scores = scores[:, :candidates]
+            if scorer.uneven:  # by what all layers together want
+                by_head.append((scores, cache, layout))
+                continue
+            kept = select(scores, len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):
                 half.write(cache, target, half.gather(cache, source, kept))
+        if isinstance(group.rows, HeadPages) and by_head:
+            keep_by_head(scorer, by_head, source, target, group.rows, request_id)
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""

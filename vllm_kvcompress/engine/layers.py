@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Layer
+from .head_pages import BACKENDS
 from .spec import CompressedAttentionSpec
 
 
@@ -23,6 +24,7 @@ def compress_layers(vllm_config: VllmConfig) -> None:
     """
     config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
     layers = []
+    uneven = any(scorer.uneven for scorer in config.scorers.values())
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in context.items():
         if not isinstance(layer, AttentionLayerBase):
@@ -33,6 +35,11 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             raise ConfigError(
                 f"{KEY}: layer {name} uses {reason}, which cannot be compressed "
                 "yet; start without --kv-compression"
+            )
+        if uneven and (backend := layer.attn_backend.get_name()) not in BACKENDS:
+            raise ConfigError(
+                f"{KEY}: method={config.method} works with the attention backend "
+                f"{', '.join(BACKENDS)} only, not with {backend}; choose another method"
             )
         layers.append(layer)
     if not layers:

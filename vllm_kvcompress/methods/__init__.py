@@ -11,6 +11,7 @@ from .base import Scorer
 
 METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
+    "ada_snapkv": "vllm_kvcompress.methods.ada_snapkv:AdaSnapKV",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",

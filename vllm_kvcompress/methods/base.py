@@ -1,5 +1,6 @@
 """What a method is: a scorer with its parameters."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,7 +56,12 @@ class Scorer(BaseModel):
 
     @property
     def layered(self) -> bool:
-        """Whether `layer_budgets` differ."""
+        """Whether `layer_budgets` differ, or anything else by groups of layers."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether `head_shares` differ."""
         return False
 
     @property
@@ -80,6 +86,21 @@ class Scorer(BaseModel):
             num_layers: Layers that are compressed; the lowest comes first.
         """
         return [budget] * num_layers
+
+    def head_shares(
+        self, scores: Sequence[torch.Tensor], pages: int, page_size: int
+    ) -> list[int]:
+        """Deal out what neighbouring layers keep between their KV heads.
+
+        Args:
+            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``.
+            pages: To be dealt out, of all heads together.
+            page_size: Tokens of one page; ``tokens`` is a multiple.
+
+        Returns:
+            Pages per head, ``pages`` in sum and the same in each layer.
+        """
+        return [pages // len(scores[0])] * len(scores[0])
 
     def score(
         self,
