@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.tools import needle_run
@@ -99,16 +100,23 @@ def test_kept_tokens_are_the_mean_of_the_layers(settings, prompt_len, kept):
 
 def test_table_has_methods_by_budgets_and_stock_on_top():
     assert table_rows(RECORDS, [64, 256]) == [
-        ["stock", "", "", "100% / 33.0"],
-        ["snapkv", "75% / 3.0", "failed", ""],
-        ["random", "0% / 3.0", "0% / 9.0", ""],
-        ["pyramidinfer decay_ratio=0.5 (832 tokens)", "", "", "50% / 27.0"],
+        ["stock", "", "", "100%\n33.0"],
+        ["snapkv", "75%\n3.0", "failed", ""],
+        ["random", "0%\n3.0", "0%\n9.0", ""],
+        ["pyramidinfer\ndecay_ratio=0.5", "", "", "50%\n27.0"],
     ]
     table = sweep_table(RECORDS, [32, 64, 256], "title")
     assert [column.header for column in table.columns[1:]] == [
         *("32", "64", "256", "none")
     ]
     assert list(table.columns[1].cells)[1] == "-"
+
+
+def test_table_of_five_budgets_fits_a_narrow_terminal(capsys):
+    table = sweep_table(RECORDS, [64, 128, 256, 512, 1024], "title")
+    Console(width=80).print(table)
+    printed = capsys.readouterr().out
+    assert "decay_ratio=0.5" in printed and "…" not in printed
 
 
 def test_curves_leave_failures_out_and_place_methods_without_budget():

@@ -14,6 +14,7 @@ from .sweep_plan import STOCK
 FLOOR = "random"
 PLOT_TYPES = (".pdf", ".png", ".svg")
 _MARKERS = "os^vDPX*<>"
+_COLORS = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is grey
 _GREY = "#8a8f98"
 
 Record = Mapping[str, Any]
@@ -25,7 +26,7 @@ def cell(record: Record | None) -> str:
         return "-"
     if "error" in record:
         return "failed"
-    return f"{record['accuracy']:.0%} / {record['kv_blocks_per_request']:.1f}"
+    return f"{record['accuracy']:.0%}\n{record['kv_blocks_per_request']:.1f}"
 
 
 def table_rows(records: Sequence[Record], budgets: Sequence[int]) -> list[list[str]]:
@@ -40,20 +41,19 @@ def table_rows(records: Sequence[Record], budgets: Sequence[int]) -> list[list[s
             rows[method] = [*(cell(found.get(b)) for b in budgets), ""]
             continue
         own = [f"{key}={value}" for key, value in record["parameters"].items()]
-        kept = [] if method == STOCK else [f"({record['kept_tokens']:,.0f} tokens)"]
-        rows[" ".join([method, *own, *kept])] = [*("" for _ in budgets), cell(record)]
+        rows["\n".join([method, *own])] = [*("" for _ in budgets), cell(record)]
     return [[name, *cells] for name, cells in rows.items()]
 
 
 def sweep_table(records: Sequence[Record], budgets: Sequence[int], title: str) -> Table:
     """Methods by budgets; the last column holds what has no budget."""
-    caption = "right answers / KV blocks per request while it decodes"
-    table = Table(title=title, title_justify="left", caption=caption)
+    caption = "right answers, and below them KV blocks per decoding request"
+    table = Table(title=title, title_justify="left", caption=caption, show_lines=True)
     table.add_column("budget", no_wrap=True)
     for head in (*map(str, budgets), "none"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in table_rows(records, budgets):
-        table.add_row(*row, end_section=row[0] == STOCK)
+        table.add_row(*row)
     return table
 
 
@@ -84,8 +84,14 @@ def draw(records: Sequence[Record], title: str, file: Path) -> None:
         axis.fill_between(sizes, shares, color=_GREY, alpha=0.25)
         axis.plot(sizes, shares, color=_GREY, marker=".", label=FLOOR)
     for number, (method, points) in enumerate(lines.items()):
-        marker = _MARKERS[number % len(_MARKERS)]
-        axis.plot(*zip(*points, strict=True), marker=marker, label=method, alpha=0.8)
+        axis.plot(
+            *zip(*points, strict=True),
+            color=_COLORS[number % len(_COLORS)],
+            linestyle=("-", ":")[number % 2],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=max(4.0, 10 - 0.7 * number),  # so that equal points show
+            label=method,
+        )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
