@@ -12,7 +12,7 @@ from vllm_kvcompress.tools.main import main
 @pytest.mark.vllm
 def test_tiny_sweep(tmp_path: Path) -> None:
     file, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
-    flags = "--methods snapkv,random --budgets 64 --prompt-len 512 --requests 3"
+    flags = "--methods snapkv,random --budgets 128 --prompt-len 1024 --requests 3"
     assert (
         main(["sweep", *flags.split(), "--json", f"{file}", "--plot", f"{plot}"]) == 0
     )
@@ -20,6 +20,6 @@ def test_tiny_sweep(tmp_path: Path) -> None:
     assert stock["accuracy"] == snapkv["accuracy"] == 1
     assert floor["accuracy"] < 1
     # One block of 32 tokens holds what is generated.
-    assert stock["kv_blocks_per_request"] == 512 / 32 + 1
-    assert snapkv["kv_blocks_per_request"] == 64 / 32 + 1
+    assert stock["kv_blocks_per_request"] == 1024 / 32 + 1
+    assert snapkv["kv_blocks_per_request"] == 128 / 32 + 1
     assert plot.stat().st_size > 0
