@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint bench model clean
+.PHONY: help setup demo test test-slow test-kvpress lint bench sweep model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ lint: setup ## ruff and mypy
 
 bench: setup ## measure; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)
+
+sweep: setup ## accuracy over budget of all methods, on the bundled model
+	$(BIN)/kvcompress sweep --json build/sweep/result.json --plot build/sweep/sweep.png $(ARGS)
 
 model: setup ## build the bundled needle model again
 	$(BIN)/python scripts/make_needle_model.py $(ARGS)

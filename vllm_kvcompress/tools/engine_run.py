@@ -181,7 +181,11 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
         "measures": measures,
         "outputs": outputs,
         "compression": after,
-        "engine": {"threads": torch.get_num_threads(), "block_size": block_size},
+        "engine": {
+            "threads": torch.get_num_threads(),
+            "block_size": block_size,
+            "block_bytes": block_bytes,
+        },
     }
 
 
