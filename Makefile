@@ -1,13 +1,14 @@
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v) 2>/dev/null)) python3)
 BIN := .venv/bin
+KVPRESS := $(CURDIR)/build/kvpress
 # Extra arguments: make demo ARGS="--help"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench model clean
+.PHONY: help setup demo test test-slow test-kvpress lint bench sweep model clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## create .venv with vLLM, this package and the development tools
 	@$(PYTHON) scripts/setup_env.py
@@ -21,6 +22,14 @@ test: lint ## lint, types and the quick tests: what CI runs
 test-slow: setup ## the tests that take longer
 	$(BIN)/pytest -m slow $(ARGS)
 
+test-kvpress: setup $(KVPRESS)/ready ## compare with kvpress, in an environment of its own
+	KVCOMPRESS_KVPRESS_PYTHON=$(KVPRESS)/bin/python $(BIN)/pytest tests/kvpress $(ARGS)
+
+$(KVPRESS)/ready:
+	$(PYTHON) -m venv --clear $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet torch==2.13.0 kvpress==0.5.5
+	touch $@
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,6 +37,9 @@ lint: setup ## ruff and mypy
 
 bench: setup ## measure; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)
+
+sweep: setup ## accuracy over budget of all methods, on the bundled model
+	$(BIN)/kvcompress sweep --json build/sweep/result.json --plot build/sweep/sweep.png $(ARGS)
 
 model: setup ## build the bundled needle model again
 	$(BIN)/python scripts/make_needle_model.py $(ARGS)

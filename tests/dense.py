@@ -5,12 +5,19 @@ prompt by full attention, takes tokens out of sight, and decodes step by step.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
+
+Tensor = torch.Tensor
+# layer, queries [tokens, query_heads, head_size] of all tokens, keys and values
+# [kv_heads, held, head_size] of those in sight -> kept [kv_heads, kept], ascending
+# among the held ones.
+Cut = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -146,3 +153,54 @@ class DenseLlama:
                 visible = [torch.cat([mask, recent], 1) for mask in kept]
             rows.append(self._forward([token], prompt + step, state, visible))
         return torch.stack(rows)
+
+    @torch.inference_mode()
+    def run(self, tokens: list[int], prompt: int, cuts: Mapping[int, Cut]) -> Tensor:
+        """Log-probabilities of everything generated, with tokens lost on the way.
+
+        Args:
+            tokens: The prompt and what was generated, forced.
+            prompt: Length of the prompt.
+            cuts: After so many tokens -> what is kept.
+
+        Returns:
+            ``[generated, vocab]``.
+        """
+        state = Prefill(torch.empty(0))
+        steps = range(prompt, len(tokens))
+        ends = sorted({*(end for end in cuts if end < prompt), *steps})
+        visible: list[Tensor] = []
+        rows, start = [], 0
+        for end in ends:
+            if start:
+                new = torch.ones(self.kv_heads, start - visible[0].shape[1]).bool()
+                visible = [torch.cat([mask, new], 1) for mask in visible]
+            seen = visible if start else None
+            row = self._forward(tokens[start:end], start, state, seen)
+            if end >= prompt:
+                rows.append(row)
+            if not start:
+                visible = [torch.ones(self.kv_heads, 0).bool()] * self.layers
+            start = end
+            if end in cuts:
+                new = torch.ones(self.kv_heads, end - visible[0].shape[1]).bool()
+                visible = [
+                    self._cut(cuts[end], layer, state, torch.cat([mask, new], 1))
+                    for layer, mask in enumerate(visible)
+                ]
+        return torch.stack(rows)
+
+    def _cut(self, cut: Cut, layer: int, state: Prefill, visible: Tensor) -> Tensor:
+        """Take all tokens but the kept ones of a layer out of sight."""
+
+        def held(tokens: Tensor) -> Tensor:
+            return tokens[visible].view(self.kv_heads, -1, self.head_size)
+
+        kept = cut(
+            layer,
+            state.queries[layer],
+            held(state.keys[layer]),
+            held(state.values[layer]),
+        )
+        positions = visible.nonzero()[:, 1].view(self.kv_heads, -1)
+        return torch.zeros_like(visible).scatter(1, positions.gather(1, kept), True)

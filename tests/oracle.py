@@ -1,4 +1,4 @@
-"""SnapKV written with loops, from the paper's text: slow, and the judge."""
+"""The methods written with loops, from the papers: slow, and the judges."""
 
 import math
 
@@ -72,3 +72,116 @@ def snapkv_kept(
         chosen = others[: room - len(forced)]
         kept.append(forced | set(chosen) | set(range(end, num_tokens)))
     return kept
+
+
+def _cosine(one: list[float], other: list[float]) -> float:
+    length = math.hypot(*one) * math.hypot(*other)
+    return math.fsum(a * b for a, b in zip(one, other, strict=True)) / length
+
+
+def _softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def keydiff_scores(keys: torch.Tensor) -> list[list[float]]:
+    """Minus the cosine with the mean of the keys' directions, per KV head."""
+    scores = []
+    for head in keys.double().tolist():
+        anchor = [
+            math.fsum(key[i] / math.hypot(*key) for key in head) / len(head)
+            for i in range(len(head[0]))
+        ]
+        scores.append([-_cosine(key, anchor) for key in head])
+    return scores
+
+
+def knorm_scores(keys: torch.Tensor) -> list[list[float]]:
+    """Minus the length, per KV head."""
+    return [[-math.hypot(*key) for key in head] for head in keys.double().tolist()]
+
+
+def tova_scores(
+    query: torch.Tensor, keys: torch.Tensor, *, scale: float
+) -> list[float]:
+    """The last query's attention, mean over all heads ``[query_heads, head_size]``."""
+    kv_heads, tokens, _ = keys.shape
+    group = len(query) // kv_heads
+    mean = [0.0] * tokens
+    for head, vector in enumerate(query.double()):
+        logits = keys[head // group].double() @ vector * scale
+        for token, weight in enumerate(_softmax(logits.tolist())):
+            mean[token] += weight / len(query)
+    return mean
+
+
+def rkv_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    kernel_size: int,
+    threshold: float,
+    recent: int,
+    mix_lambda: float,
+    scale: float,
+) -> list[list[float]]:
+    """Scores of the tokens before the window, per KV head.
+
+    Args:
+        queries: ``[window, query_heads, head_size]``.
+        keys: ``[kv_heads, tokens, head_size]``.
+    """
+    window, heads, _ = queries.shape
+    kv_heads, tokens, _ = keys.shape
+    group, past = heads // kv_heads, tokens - window
+    scores = []
+    for kv, head in enumerate(keys.double().tolist()):
+        importance = [0.0] * past
+        for row in queries.double():
+            logits = [
+                max(
+                    float(row[query] @ keys[kv, token].double()) * scale
+                    for query in range(kv * group, (kv + 1) * group)
+                )
+                for token in range(past)
+            ]
+            for token, weight in enumerate(_softmax(logits)):
+                importance[token] += weight / window
+        half = kernel_size // 2
+        pooled = [max(importance[max(0, i - half) : i + half + 1]) for i in range(past)]
+        sums = [0.0] * tokens
+        for row in range(tokens):
+            others = [token for token in range(tokens) if token != row]
+            cosines = {token: _cosine(head[row], head[token]) for token in others}
+            similar = [token for token in others if cosines[token] > threshold]
+            latest = similar[len(similar) - min(recent, len(similar)) :]
+            for token in others:
+                if token not in latest:
+                    sums[token] += cosines[token]
+        redundancy = _softmax([total / tokens for total in sums])
+        scores.append(
+            [
+                mix_lambda * pooled[token] - (1 - mix_lambda) * redundancy[token]
+                for token in range(past)
+            ]
+        )
+    return scores
+
+
+def pyramidkv_budgets(
+    num_tokens: int, budget: int, num_layers: int, *, window: int, beta: int
+) -> list[int]:
+    """KVCache-Factory's, with its integers; at least two layers and ``budget`` tokens.
+
+    Its mean exceeds the budget where the step's fraction is cut off.
+    """
+    mean = budget - window
+    if num_tokens < 2 * mean:
+        return [budget] * num_layers
+    low = mean // beta
+    high = 2 * mean - low
+    if high >= num_tokens - window:
+        high = num_tokens - window
+        low = 2 * mean - high
+    step = (high - low) // (num_layers - 1)
+    return [high - layer * step + window for layer in range(num_layers)]

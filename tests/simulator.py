@@ -81,8 +81,16 @@ class Life:
 
     def private(self, group: int) -> list[Slot]:
         """What the private blocks have to hold, the i-th kept token as ``-i``."""
-        blocks = self.kept[group].destination if group in self.kept else ()
-        return [(group, -i, self.uid) for i in range(len(blocks) * BLOCK)]
+        if group not in self.kept:
+            return []
+        do = self.kept[group]
+        count = len(do.destination) * BLOCK
+        return [(group, -i, self.uid, do.num_tokens) for i in range(count)]
+
+    def held(self, group: int) -> list[Slot]:
+        """All that attention reads: private blocks, and what lies behind them."""
+        replaced = self.kept[group].end_block if group in self.kept else 0
+        return self.private(group) + self.slots[group][replaced * BLOCK :]
 
 
 class Executor(CompressionExecutor):
@@ -96,11 +104,14 @@ class Executor(CompressionExecutor):
         """Copy no numbers, but from and to the right places."""
         worker, (layer,) = self.worker, group.layers
         life, index = worker.lives[request_id], layer.group
-        if window := self._scorer.needs_queries:
+        end = directive.num_tokens
+        if window := self._scorers[directive.scorer].needs_queries:
             seen = layer.observation_window.take(request_id).tolist()
-            wanted = [[life.uid, i] for i in range(life.prompt - window, life.prompt)]
+            wanted = [[life.uid, i] for i in range(end - window, end)]
             require(seen == wanted, "observed", seen, "instead of", wanted)
-        worker.expect(row.tolist(), life.slots[index][: life.prompt], "source")
+        worker.expect(
+            row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source"
+        )
         life.kept[index] = directive
         for i, block in enumerate(directive.destination):
             worker.memory[block] = life.private(index)[i * BLOCK : (i + 1) * BLOCK]
@@ -269,8 +280,7 @@ class Worker:
         rows, lengths = seen.block_table_tensor.tolist(), seen.seq_lens.tolist()
         for i, (request_id, row) in enumerate(zip(batch, rows, strict=True)):
             life, length = self.lives[request_id], lengths[i]
-            replaced = life.kept[group].end_block if group in life.kept else 0
-            wanted = life.private(group) + life.slots[group][replaced * BLOCK :]
+            wanted = life.held(group)
             fits = length == len(wanted) <= seen.max_seq_len
             require(fits, "length", length, "instead of", len(wanted))
             span = self.spans[group] or length

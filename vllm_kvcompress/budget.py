@@ -6,7 +6,12 @@ blocks, as the budget leaves room for. So the kept tokens number at most the
 budget, and are congruent to n modulo the block size: slots stay logical.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+Tier = tuple[int, ...]  # numbers of layers
+
+MAX_TIERS = 8
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,58 @@ def prompt_budget(
     if keep_ratio is not None:
         return max(int(num_tokens * keep_ratio), smallest)
     return num_tokens if budget is None else budget
+
+
+def tiers(num_layers: int, layers_per_tier: int | None) -> list[Tier]:
+    """Split layers into runs of neighbours that hold equally many tokens.
+
+    Args:
+        num_layers: Layers that are compressed.
+        layers_per_tier: A divisor of ``num_layers``; None = as many tiers of equal
+            size as `MAX_TIERS` allows (each costs a block table).
+
+    Raises:
+        ValueError: ``layers_per_tier`` leaves a rest: vLLM would pad every tier.
+    """
+    if layers_per_tier is None:
+        layers_per_tier = next(
+            size
+            for size in range(-(-num_layers // MAX_TIERS), num_layers + 1)
+            if num_layers % size == 0
+        )
+    if num_layers % layers_per_tier:
+        divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+        raise ValueError(
+            f"layers_per_tier={layers_per_tier} must divide the {num_layers} layers "
+            f"that are compressed; allowed values: {', '.join(map(str, divisors))}"
+        )
+    return [
+        tuple(range(first, first + layers_per_tier))
+        for first in range(0, num_layers, layers_per_tier)
+    ]
+
+
+def tier_budgets(
+    layer_budgets: Sequence[int], tiers: Sequence[Tier], least: int
+) -> dict[Tier, int]:
+    """Share out layers' budgets by tier: each its mean, but at least ``least``.
+
+    What that adds to the smallest tiers the others give up in proportion, so that
+    all layers together hold no more than was meant, if ``least`` allows it.
+
+    Args:
+        layer_budgets: In tokens per KV head, the lowest layer first.
+        tiers: Which layers share a budget; every layer is in one.
+        least: See `smallest_budget`.
+    """
+    means = [sum(layer_budgets[layer] for layer in tier) / len(tier) for tier in tiers]
+    above = [max(0.0, mean - least) for mean in means]
+    sizes = [len(tier) for tier in tiers]
+    meant = sum(mean * size for mean, size in zip(means, sizes, strict=True))
+    held = sum(extra * size for extra, size in zip(above, sizes, strict=True))
+    room = max(0.0, meant - least * sum(sizes))
+    share = min(1.0, room / held) if held else 0.0
+    return {
+        tier: least + int(extra * share)
+        for tier, extra in zip(tiers, above, strict=True)
+    }

@@ -1,23 +1,47 @@
-"""The settings: one dict, into which every flag, file and keyword folds.
+"""Every way to ask for compression folds into one checked configuration.
 
+Users write one flat mapping, whose keys are the common ones below and the method's:
 ``additional_config={"kv_compression": {"method": "snapkv", "budget": 2048}}``
 """
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from .budget import prompt_budget, smallest_budget
+from .budget import Tier, prompt_budget, smallest_budget, tier_budgets, tiers
 from .methods import load_method, method_names
 from .methods.base import Scorer
 
 KEY = "kv_compression"
 DEFAULT_BUDGET = 2048
+DECODE = "decode"  # among `KVCompressionConfig.scorers`
+SIZE_KEYS = ("budget", "keep_ratio", "layer_budgets")
+
+Tokens = Annotated[int, Field(ge=1, strict=True)]
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one sentence for the user."""
+
+
+class DecodeConfig(BaseModel):
+    """Compression of what a request generates, and of its prompt again.
+
+    Attributes:
+        scorer: The method with its own parameters.
+        interval: Generated tokens between two compressions.
+        budget: Tokens kept per KV head and layer; None = as many as of the prompt.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scorer: SerializeAsAny[Scorer]
+    interval: Tokens = 128
+    budget: Tokens | None = None
 
 
 class KVCompressionConfig(BaseModel):
@@ -27,13 +51,30 @@ class KVCompressionConfig(BaseModel):
         scorer: The method with its own parameters.
         budget: Tokens kept per KV head and layer, observation window included.
         keep_ratio: Share of the prompt that is kept, instead of ``budget``.
+        layer_budgets: A budget for every compressed layer, the lowest first, instead
+            of ``budget``; a list, or the path of a JSON file with one.
+        layers_per_tier: Neighbouring layers that share a budget, where budgets
+            differ by layer; see `budget.tiers`.
+        decode: Compression while a request generates; None = what it generates stays.
+        prefill: ``exact`` compresses a prompt when all of it is read;
+            ``incremental`` also whenever ``prefill_interval`` more tokens are read, so
+            that a prompt may be longer than the KV space.
+        prefill_interval: In tokens.
+        request_methods: Other methods that a request may choose; a list of names, or
+            a mapping from names to parameters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scorer: SerializeAsAny[Scorer]
-    budget: int | None = Field(None, ge=1, strict=True)
+    budget: Tokens | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
+    layer_budgets: tuple[Tokens, ...] | None = Field(None, min_length=1)
+    layers_per_tier: Tokens | None = None
+    decode: DecodeConfig | None = None
+    prefill: Literal["exact", "incremental"] = "exact"
+    prefill_interval: Tokens = 2048
+    request_methods: dict[str, SerializeAsAny[Scorer]] = Field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "KVCompressionConfig":
@@ -42,53 +83,214 @@ class KVCompressionConfig(BaseModel):
         Raises:
             ConfigError: Unknown key, wrong type or impossible value.
         """
-        if not isinstance(settings, Mapping):
-            raise ConfigError(f"{KEY} must be a mapping, not {settings!r}")
-        rest = dict(settings)
-        name = rest.pop("method", None)
-        if not isinstance(name, str) or name not in method_names():
-            known = ", ".join(method_names())
-            raise ConfigError(f"{KEY}: method is {name!r}; allowed values: {known}")
-        common = {k: rest.pop(k) for k in ("budget", "keep_ratio") if k in rest}
-        scorer_cls = load_method(name)
-        allowed = [*scorer_cls.model_fields, "budget", "keep_ratio"]
-        try:
-            scorer = scorer_cls(**rest)
-            config = cls(scorer=scorer, **common)
-        except ValidationError as error:
-            raise ConfigError(_sentence(error, name, allowed)) from None
-        if config.budget is not None and config.keep_ratio is not None:
-            raise ConfigError(
-                f"{KEY}: budget={config.budget} and keep_ratio={config.keep_ratio} "
-                "exclude each other; give one of them"
-            )
-        if config.budget is None and config.keep_ratio is None:
+        common = [key for key in cls.model_fields if key != "scorer"]
+        scorer, given = _scorer(settings, "", common)
+        if isinstance(path := given.get("layer_budgets"), str):
+            given["layer_budgets"] = _read(path)
+        if given.get("decode") is not None:
+            given["decode"] = _decode(given["decode"], scorer)
+        others = given.get("request_methods", {})
+        if isinstance(others, list) and all(isinstance(name, str) for name in others):
+            others = {name: {} for name in others}
+        if isinstance(others, Mapping):
+            given["request_methods"] = {
+                name: _scorer(
+                    {"method": name, **own} if isinstance(own, Mapping) else own,
+                    f"request_methods.{name}.",
+                    (),
+                )[0]
+                for name, own in others.items()
+            }
+        config = _built(cls, "", scorer=scorer, **given)
+        if not (scorer.owns_budget or any(getattr(config, k) for k in SIZE_KEYS)):
             config = config.model_copy(update={"budget": DEFAULT_BUDGET})
-        if config.budget is not None and config.budget <= scorer.always_kept:
-            raise ConfigError(
-                f"{KEY}: budget={config.budget} must be larger than the "
-                f"{scorer.always_kept} tokens that {name} always keeps"
-            )
+        if contradiction := config._contradiction():
+            raise ConfigError(f"{KEY}: {contradiction}")
         return config
+
+    def _contradiction(self) -> str | None:
+        """What two settings together make impossible."""
+        sizes = self.model_dump(include=set(SIZE_KEYS), exclude_none=True)
+        if sizes and self.scorer.owns_budget:
+            return (
+                f"{', '.join(sizes)} cannot be given for {self.method}, whose own "
+                "parameters say what is kept; drop it"
+            )
+        if len(sizes) > 1:
+            both = " and ".join(f"{key}={value}" for key, value in sizes.items())
+            return f"{both} exclude each other; give one of them"
+        for budget in self.budgets:
+            if budget <= self.always_kept:
+                return (
+                    f"budget={budget} must be larger than the {self.always_kept} "
+                    f"tokens that {self.method} always keeps"
+                )
+        if self.layers_per_tier and not self.tiered:
+            return (
+                f"layers_per_tier={self.layers_per_tier} needs budgets that differ by "
+                "layer; drop it, or give layer_budgets"
+            )
+        if reason := self._uneven_with():
+            return reason
+        for name, scorer in self.request_methods.items():
+            if scorer.layered and not self.tiered:
+                return (
+                    f"request_methods may not hold {name}, whose budgets differ by "
+                    f"layer, beside method={self.method}; make it the server's method"
+                )
+        intervals = {}
+        if self.decode:
+            intervals["decode.interval"] = self.decode.interval
+        if self.prefill == "incremental":
+            intervals["prefill_interval"] = self.prefill_interval
+            if self.decode is None or self.keep_ratio is not None:
+                return (
+                    "prefill='incremental' needs a bounded memory: give decode (such "
+                    'as {"interval": 128}) and budget or layer_budgets'
+                )
+        for key, interval in intervals.items():
+            if interval < self.window:
+                return f"{key}={interval} must be at least the window of {self.window}"
+        return None
+
+    def _uneven_with(self) -> str | None:
+        """What cannot be had where KV heads hold unequally many tokens."""
+        for name, scorer in self.request_methods.items():
+            if scorer.uneven and name != self.method:
+                return (
+                    f"request_methods may not hold {name}, which needs rows of its own "
+                    "for every KV head; make it the server's method"
+                )
+            if scorer.prunes and self.scorer.uneven:
+                return (
+                    f"request_methods may not hold {name}, which prunes layers, beside "
+                    f"method={self.method}; give it prune=false"
+                )
+        again = "prefill='incremental'" if self.prefill == "incremental" else "decode"
+        uneven = [s.name for s in self.scorers.values() if s.uneven]
+        if uneven and (self.decode or self.prefill == "incremental"):
+            return (
+                f"{again} compresses a request more than once, which {uneven[0]} "
+                "cannot; drop it or choose another method"
+            )
+        return None
 
     @property
     def method(self) -> str:
         """The method's name."""
         return self.scorer.name
 
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """All scorers that a worker may be told to use, by name or `DECODE`."""
+        scorers = {**self.request_methods, self.method: self.scorer}
+        if self.decode:
+            scorers[DECODE] = self.decode.scorer
+        return scorers
+
+    @property
+    def budgets(self) -> list[int]:
+        """All fixed budgets, in tokens per KV head and layer."""
+        decode = self.decode.budget if self.decode else None
+        given = (self.budget, *(self.layer_budgets or ()), decode)
+        return [budget for budget in given if budget is not None]
+
+    @property
+    def window(self) -> int:
+        """Queries that the most demanding scorer wants to see."""
+        return max(scorer.needs_queries for scorer in self.scorers.values())
+
+    @property
+    def always_kept(self) -> int:
+        """Tokens that the most demanding scorer keeps in any case."""
+        return max(scorer.always_kept for scorer in self.scorers.values())
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that a request ever holds per layer, None = all of its own.
+
+        While it is compressed, its new blocks may exist beside the old ones.
+        """
+        if self.prefill == "exact" or self.decode is None:
+            return None
+        budget = max(self.budgets)
+        if self.tiered and not self.layer_budgets:
+            budget *= 2  # no method gives a layer more than twice the mean
+        return 2 * budget + max(self.prefill_interval, self.decode.interval)
+
+    @property
+    def tiered(self) -> bool:
+        """Whether budgets, or heads' shares of them, differ by layer."""
+        return self.layer_budgets is not None or self.scorer.layered
+
     def settings(self) -> dict[str, Any]:
-        """The flat settings again, defaults filled in (JSON types only)."""
-        sizes = self.model_dump(include={"budget", "keep_ratio"}, exclude_none=True)
-        return {"method": self.method, **sizes, **self.scorer.model_dump()}
+        """The flat settings again, those of the method filled in (JSON types only)."""
+        plain = self.model_dump(
+            mode="json",
+            exclude={"scorer", "decode", "request_methods"},
+            exclude_defaults=True,
+        )
+        settings = {"method": self.method, **plain, **self.scorer.model_dump()}
+        if decode := self.decode:
+            settings["decode"] = {
+                "method": decode.scorer.name,
+                **decode.model_dump(exclude={"scorer"}, exclude_none=True),
+                **decode.scorer.model_dump(),
+            }
+        if self.request_methods:
+            settings["request_methods"] = {
+                name: scorer.model_dump()
+                for name, scorer in self.request_methods.items()
+            }
+        return settings
 
     def smallest_budget(self, block_size: int) -> int:
-        """The least budget that this method can work with."""
-        return smallest_budget(block_size, self.scorer.always_kept)
+        """The least budget that this server can work with."""
+        return smallest_budget(block_size, self.always_kept)
+
+    def due(self, prompt: int, end: int) -> Iterator[int]:
+        """After how many tokens a request is compressed, in ascending order.
+
+        Args:
+            prompt: Length of its prompt.
+            end: Tokens that it has in the end; compressing then is of no use.
+        """
+        if self.prefill == "incremental":
+            last = prompt - max(self.window, 1)
+            yield from range(self.prefill_interval, last + 1, self.prefill_interval)
+        if prompt < end or self.scorer.prunes:  # then it speeds up the prefill
+            yield prompt
+        if self.decode:
+            yield from range(prompt + self.decode.interval, end, self.decode.interval)
+
+    def tiers(self, num_layers: int) -> list[Tier]:
+        """Layers that share a budget, from the bottom.
+
+        Raises:
+            ConfigError: Budgets by layer do not fit the model.
+        """
+        if not self.tiered:
+            return [tuple(range(num_layers))]
+        if self.layer_budgets and len(self.layer_budgets) != num_layers:
+            raise ConfigError(
+                f"{KEY}: layer_budgets has {len(self.layer_budgets)} entries; this "
+                f"model has {num_layers} layers to compress, give one for each"
+            )
+        try:
+            return tiers(num_layers, self.layers_per_tier)
+        except ValueError as error:
+            raise ConfigError(f"{KEY}: {error}") from None
 
     def prompt_budget(
         self, num_tokens: int, block_size: int, requested: int | None = None
     ) -> int:
-        """The budget of one prompt, lowered if its request asked for less."""
+        """The budget of one prompt, in the mean of all layers.
+
+        Args:
+            num_tokens: Length of the prompt.
+            block_size: Tokens per KV block.
+            requested: What the request asked for: an upper bound.
+        """
         budget = prompt_budget(
             num_tokens,
             budget=self.budget,
@@ -97,17 +299,100 @@ class KVCompressionConfig(BaseModel):
         )
         return budget if requested is None else min(budget, requested)
 
+    def tier_budgets(
+        self,
+        scorer: str,
+        tiers: Sequence[Tier],
+        num_tokens: int,
+        block_size: int,
+        requested: int | None = None,
+    ) -> dict[Tier, int]:
+        """One request's budgets by tier, in tokens per KV head and layer.
 
-def _sentence(error: ValidationError, method: str, allowed: list[str]) -> str:
-    """Pydantic's first complaint as: field, value, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return (
-            f"{KEY}: unknown key {key!r} for {method}; "
+        Args:
+            scorer: One of `scorers`.
+            tiers: All of `tiers`.
+            num_tokens: As in `prompt_budget`.
+            block_size: The same.
+            requested: The same.
+        """
+        by_layer: Sequence[int]
+        method = self.scorers[scorer]
+        layers = sum(map(len, tiers))
+        if scorer == DECODE and self.decode and self.decode.budget:
+            by_layer = [self.decode.budget] * layers
+        elif self.layer_budgets:
+            by_layer = self.layer_budgets
+        else:
+            budget = self.prompt_budget(num_tokens, block_size, requested)
+            by_layer = method.layer_budgets(num_tokens, budget, layers)
+        if method.owns_budget:
+            up = block_size - 1  # so that whole blocks hold no less
+            means = {tier: sum(by_layer[i] for i in tier) / len(tier) for tier in tiers}
+            return {tier: math.ceil(mean) + up for tier, mean in means.items()}
+        if requested is not None:
+            by_layer = [min(budget, requested) for budget in by_layer]
+        return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))
+
+
+def _scorer(
+    settings: Any, where: str, common: Sequence[str], default: Scorer | None = None
+) -> tuple[Scorer, dict[str, Any]]:
+    """Split flat settings into a method with its parameters and the ``common`` keys.
+
+    Args:
+        settings: What the user wrote.
+        where: Prefix of the keys in errors.
+        common: Keys that are not the method's.
+        default: Taken, with its parameters, if no method is named.
+
+    Raises:
+        ConfigError: Not a mapping, an unknown method or a bad parameter.
+    """
+    if not isinstance(settings, Mapping):
+        name = f"{KEY}.{where}".rstrip(".")
+        raise ConfigError(f"{name} must be a mapping, not {settings!r}")
+    rest = dict(settings)
+    given = {key: rest.pop(key) for key in common if key in rest}
+    name = rest.pop("method", default.name if default else None)
+    if not isinstance(name, str) or name not in method_names():
+        known = ", ".join(method_names())
+        raise ConfigError(f"{KEY}: {where}method is {name!r}; allowed values: {known}")
+    cls = load_method(name)
+    if default is not None and name == default.name:
+        rest = {**default.model_dump(), **rest}
+    allowed = [*cls.model_fields, *common]
+    for key in rest.keys() - cls.model_fields.keys():
+        raise ConfigError(
+            f"{KEY}: unknown key {where + key!r} for {name}; "
             f"allowed keys: {', '.join(allowed)}"
         )
-    reason = (
-        first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    )
-    return f"{KEY}: {key}={first['input']!r} {reason[0].lower()}{reason[1:]}"
+    return _built(cls, where, **rest), given
+
+
+def _decode(settings: Any, default: Scorer) -> DecodeConfig:
+    scorer, given = _scorer(settings, "decode.", ("interval", "budget"), default)
+    return _built(DecodeConfig, "decode.", scorer=scorer, **given)
+
+
+def _built(cls: type[Any], where: str, **fields: Any) -> Any:
+    """Build a model, or say of its first bad field: field, value, what is allowed."""
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = where + ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        reason = reason.replace("Input should", "should")
+        raise ConfigError(
+            f"{KEY}: {key}={first['input']!r} {reason[0].lower()}{reason[1:]}"
+        ) from None
+
+
+def _read(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{KEY}: layer_budgets={path!r} is not a readable JSON file ({error})"
+        ) from None

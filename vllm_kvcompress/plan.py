@@ -9,22 +9,34 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Compress:
-    """Replace a prompt's whole blocks in one KV cache group, after the forward.
+    """Replace a request's whole blocks in one KV cache group, after the forward.
 
     Attributes:
-        num_tokens: Length of the prompt; scores cover ``[0, num_tokens)``.
+        scorer: Which of `KVCompressionConfig.scorers` rates the tokens.
+        num_tokens: Tokens computed so far; those behind are left alone.
         end_block: Logical blocks ``[0, end_block)`` are replaced ...
         destination: ... by these physical blocks, filled with the kept tokens.
+        shift: Blocks by which the row has been shifted before: it lacks as many
+            logical blocks already.
+        pruned: The tokens are chosen during the forward, and no more are computed.
     """
 
+    scorer: str
     num_tokens: int
     end_block: int
     destination: tuple[int, ...]
+    shift: int = 0
+    pruned: bool = False
+
+    @property
+    def new_shift(self) -> int:
+        """Blocks by which the row is shifted afterwards."""
+        return self.end_block - len(self.destination)
 
     @property
     def freed_blocks(self) -> int:
         """Blocks that go back to the pool."""
-        return self.end_block - len(self.destination)
+        return self.new_shift - self.shift
 
 
 @dataclass(frozen=True)
@@ -33,13 +45,15 @@ class StepPlan:
 
     Attributes:
         observe: Request id -> ``(first, end)`` of its tokens in this step that
-            belong to its observation window.
+            belong to an observation window.
         compress: Request id -> KV cache group -> what to do.
+        observed: Requests whose observation windows nobody waits for any more.
         skipped: Reason -> requests left uncompressed since the last plan.
     """
 
     observe: dict[str, tuple[int, int]] = field(default_factory=dict)
     compress: dict[str, dict[int, Compress]] = field(default_factory=dict)
+    observed: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

@@ -153,9 +153,12 @@ def generate(
 
 @dataclass
 class Recording:
-    """What the worker scored and kept, in the order of execution."""
+    """What the worker scored and kept, in the order of execution.
 
-    kept: list[torch.Tensor] = field(default_factory=list)
+    An item of ``kept`` holds a layer's rows; they differ in length where KV heads do.
+    """
+
+    kept: list[Any] = field(default_factory=list)
     queries: list[torch.Tensor] = field(default_factory=list)
     keys: list[torch.Tensor] = field(default_factory=list)
 
@@ -163,11 +166,12 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Listen to our own selection; nothing of vLLM is touched."""
-    from vllm_kvcompress.engine import executor
+    from vllm_kvcompress.engine import executor, head_pages
     from vllm_kvcompress.methods.snapkv import SnapKV
 
     record = Recording()
     select, score = executor.select, SnapKV.score
+    select_each = head_pages.select_each
 
     def recording_select(scores: torch.Tensor, count: int) -> torch.Tensor:
         record.kept.append(select(scores, count))
@@ -178,7 +182,12 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
         record.keys.append(keys.clone())
         return score(self, queries, keys, *args, **kw)
 
+    def recording_select_each(scores: torch.Tensor, counts: list[int]) -> Any:
+        record.kept.append(select_each(scores, counts))
+        return record.kept[-1]
+
     monkeypatch.setattr(executor, "select", recording_select)
+    monkeypatch.setattr(head_pages, "select_each", recording_select_each)
     monkeypatch.setattr(SnapKV, "score", recording_score)
     return record
 

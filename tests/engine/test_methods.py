@@ -17,8 +17,11 @@ from tests.engine.conftest import (
 )
 from tests.matrix import METHODS
 from vllm_kvcompress import stats
-from vllm_kvcompress.budget import fit
+from vllm_kvcompress.budget import Fit, Tier, fit
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.methods.base import Scorer
+from vllm_kvcompress.methods.streamingllm import StreamingLLM
+from vllm_kvcompress.methods.tova import TOVA
 
 LENGTHS = [1000, 37, 512, 335]
 
@@ -26,41 +29,60 @@ LENGTHS = [1000, 37, 512, 335]
 @pytest.mark.parametrize("settings", METHODS, ids=str)
 def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> None:
     config = KVCompressionConfig.from_dict(settings)
-    fits = [fit(n, config.prompt_budget(n, BLOCK), BLOCK) for n in LENGTHS]
-    shrunk = [
-        (n, found) for n, found in zip(LENGTHS, fits, strict=True) if found.shrinks
-    ]
+    model = DenseLlama(llama)
+    tiers = config.tiers(model.layers)
+    shrunk: dict[int, dict[Tier, Fit]] = {}
+    for length in LENGTHS:
+        budgets = config.tier_budgets(config.method, tiers, length, BLOCK)
+        fits = {tier: fit(length, budgets[tier], BLOCK) for tier in tiers}
+        if found := {tier: f for tier, f in fits.items() if f.shrinks}:
+            shrunk[length] = found
     assert shrunk
+    done = [(length, f) for length in shrunk for f in shrunk[length].values()]
     with engine(llama, additional_config={"kv_compression": settings}) as llm:
         before = free_blocks(llm)
         answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], 8)
         assert free_blocks(llm) == before
         counted = stats(llm)
-    assert counted["compressions"] == len(shrunk)
-    assert counted["blocks_freed"] == sum(found.freed_blocks for _, found in shrunk)
+    assert counted["compressions"] == len(done)
+    assert counted["blocks_freed"] == sum(f.freed_blocks for _, f in done)
     assert counted["tokens_evicted"] == counted["blocks_freed"] * BLOCK
-    assert counted["logical_tokens"] == sum(n for n, _ in shrunk)
+    assert counted["logical_tokens"] == sum(length for length, _ in done)
     assert counted["seconds"] > 0
     assert sum(counted["skipped"].values()) == len(LENGTHS) - len(shrunk)
-    model = DenseLlama(llama)
     kept = iter(recording.kept)
-    for length, found in shrunk:
-        visible = []
-        for _ in range(model.layers):
-            mask = torch.zeros(model.kv_heads, length, dtype=torch.bool)
-            mask.scatter_(1, next(kept), True)
-            mask[:, found.end_block * BLOCK :] = True
-            assert (mask.sum(1) == length - found.freed_blocks * BLOCK).all()
-            protected = config.scorer.needs_queries
-            assert mask[:, length - protected :].all()
-            if config.method == "streamingllm":
-                sinks = config.scorer.sinks
-                assert mask[:, :sinks].all()
-                recent = int(mask[0].sum()) - sinks
-                assert mask[:, length - recent :].all()
-            visible.append(mask)
+    for length, found in shrunk.items():
+        visible = [torch.ones(model.kv_heads, length, dtype=torch.bool)] * model.layers
+        # Groups come in the order of their layers.
+        for tier, fitted in found.items():
+            for layer in tier:
+                mask = torch.zeros(model.kv_heads, length, dtype=torch.bool)
+                for head, row in enumerate(next(kept)):
+                    assert row.equal(row.unique())
+                    mask[head, row] = True
+                mask[:, fitted.end_block * BLOCK :] = True
+                remaining = length - fitted.freed_blocks * BLOCK
+                if config.scorer.uneven:
+                    assert mask.sum() == remaining * model.kv_heads
+                else:
+                    assert (mask.sum(1) == remaining).all()
+                check_promises(config.scorer, mask)
+                visible[layer] = mask
         answer = answers[LENGTHS.index(length)]
         dense = model.decode(
             model.prefill(prompt(length, seed=length)), answer.tokens, visible
         )
         assert float((dense - answer.logprobs).abs().max()) < 5e-4
+    assert next(kept, None) is None
+
+
+def check_promises(scorer: Scorer, mask: torch.Tensor) -> None:
+    """What a method says of every prompt, of the tokens that are left of one."""
+    length = mask.shape[1]
+    assert mask[:, length - scorer.needs_queries :].all()
+    if isinstance(scorer, StreamingLLM):
+        assert mask[:, : scorer.sinks].all()
+        recent = int(mask[0].sum()) - scorer.sinks
+        assert mask[:, length - recent :].all()
+    if isinstance(scorer, TOVA):
+        assert (mask == mask[0]).all()

@@ -257,6 +257,31 @@ class Cases:
             watch = Watch(llm)
             return {"all": self._answers(llm, LENGTHS), **watch.summary()}
 
+    def courses(self, *, async_scheduling: bool) -> dict[str, Any]:
+        """Budgets by layer, compressed again and again while reading and decoding."""
+        from tests.engine.conftest import free_blocks, generate, prompt
+        from vllm_kvcompress import stats
+
+        self._switches.async_scheduling = async_scheduling
+        settings = {
+            **SETTINGS,
+            "method": "pyramidkv",
+            "layers_per_tier": 1,
+            "prefill": "incremental",
+            "prefill_interval": 96,
+            "decode": {"interval": 16},
+        }
+        config = {"kv_compression": settings}
+        with self._engine(additional_config=config, num_gpu_blocks_override=60) as llm:
+            watch, before = Watch(llm), free_blocks(llm)
+            answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], COUNT)
+            assert free_blocks(llm) == before, "blocks leaked"
+            return {
+                "tokens": [answer.tokens for answer in answers],
+                "compressions": stats(llm)["compressions"],
+                **watch.summary(),
+            }
+
     def triton(self) -> dict[str, Any]:
         """The GPU's Triton attention kernels, interpreted."""
         self._switches.attention = "TRITON_ATTN"
@@ -275,6 +300,8 @@ def main(runner: str, model: str, output: str) -> None:
             "ample": cases.ample(),
             "tight": cases.tight(async_scheduling=False),
             "tight_async": cases.tight(async_scheduling=True),
+            "courses": cases.courses(async_scheduling=False),
+            "courses_async": cases.courses(async_scheduling=True),
         }
     Path(output).write_text(json.dumps(results))
 

@@ -185,7 +185,7 @@ def test_bad_arguments_are_one_line_and_not_zero(arguments, message, capsys):
 def test_keep_ratio_takes_the_place_of_the_default_budget():
     settings = bench.method_settings("snapkv", None, '{"keep_ratio": 0.25}')
     assert "budget" not in settings
-    assert bench.kept_tokens(settings, 1000) == 250
+    assert bench.kept_tokens(settings, 1000, 2) == 250
     assert bench.method_settings("snapkv", None, "{}")["budget"] == bench.DEFAULT_BUDGET
 
 
@@ -196,7 +196,7 @@ def test_the_file_has_the_documented_layout(tmp_path: Path, monkeypatch):
         ran.append((name, bool(arm), len(job.passes[0][0])))
         return arms.ArmResult(figures(), [], None, {"threads": 2, "block_size": 128})
 
-    about = {"name": "random-weight Llama"}
+    about = {"name": "random-weight Llama", "layers": 2}
     model = bench_model.BenchModel("m", "float32", 50, 4096, about)
     monkeypatch.setattr(bench, "bench_model", lambda location: model)
     monkeypatch.setattr(arms, "run_arm", run_arm)
@@ -223,7 +223,7 @@ def test_no_compression_is_an_error_only_where_prompts_should_shrink():
         {"method": "snapkv", "budget": 256}
     )
     check = engine_run._check_proof
-    check(config, [[[0] * 256]], block_size=16, compressions=0)
-    check(config, [[[0] * 999]], block_size=16, compressions=1)
+    check(config, [[[0] * 256]], block_size=16, layers=2, compressions=0)
+    check(config, [[[0] * 999]], block_size=16, layers=2, compressions=1)
     with pytest.raises(RuntimeError, match="999 tokens have a budget of 256"):
-        check(config, [[[0] * 256, [0] * 999]], block_size=16, compressions=0)
+        check(config, [[[0] * 256, [0] * 999]], block_size=16, layers=2, compressions=0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracle import snapkv_scores
+from vllm_kvcompress.methods.base import Layer
 from vllm_kvcompress.methods.snapkv import SnapKV
 from vllm_kvcompress.ops.pool import pool
 from vllm_kvcompress.ops.select import select
@@ -43,7 +44,7 @@ def test_snapkv_equals_the_loops(
     keys = _random(2, tokens, head_size, seed=seed + 1, dtype=dtype)
     scale = head_size**-0.5
     scorer = SnapKV(window=window, pooling=pooling, kernel_size=kernel_size)
-    scores = scorer.score(queries, keys, None, scale=scale)
+    scores = scorer.score(queries, keys, None, Layer(0, scale))
     assert scores.dtype == torch.float32
     assert torch.isinf(scores[:, past:]).all()
     padded = torch.cat([queries.new_zeros(past, *queries.shape[1:]), queries])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,3 +90,36 @@ def test_refused(
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_uneven_heads_need_a_backend_that_was_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register()
+    import torch
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_kvcompress.engine import layers
+
+    class Layer(AttentionLayerBase):
+        attn_backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+
+        def get_attn_backend(self) -> Any:
+            return self.attn_backend
+
+        def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+            return FullAttentionSpec(
+                block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32
+            )
+
+    monkeypatch.setattr(layers, "_unsupported", lambda layer: None)
+    context = SimpleNamespace(static_forward_context={"model.layers.0": Layer()})
+    config: Any = SimpleNamespace(
+        additional_config={"kv_compression": {**SETTINGS, "method": "ada_snapkv"}},
+        compilation_config=context,
+    )
+    with pytest.raises(ConfigError) as error:
+        layers.compress_layers(config)
+    for word in ("method=ada_snapkv", "CPU_ATTN", "FLASHINFER"):
+        assert word in str(error.value)

@@ -5,8 +5,9 @@ shifts a compressed request's block-table row left and shortens its length; its
 implementation lets the observation window be seen. Kernels stay vLLM's.
 """
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from .head_pages import HeadPages, attend_by_head
 from .rows import RowShift
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
@@ -37,6 +39,8 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
         supports_update_block_table = False
         # Set by the runner where the group is compressed; None passes through.
         row_shift: RowShift | None = None
+        # What the last metadata were built of, for the tiers of a pruned batch.
+        physical: CommonAttentionMetadata | None = None
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -55,17 +59,59 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 common_attn_metadata = self.row_shift.physical(
                     common_attn_metadata, self.kv_cache_spec.block_size
                 )
+                self.physical = common_attn_metadata
+            if isinstance(self.row_shift, HeadPages) and (
+                by_head := self.row_shift.by_head(
+                    common_attn_metadata, self.kv_cache_spec.block_size
+                )
+            ):
+                metadata = builder_base.build(self._one_head, 0, by_head)
+                metadata.kv_heads = self.num_kv_heads
+                return metadata
             return super().build(
                 common_prefix_len, common_attn_metadata, *args, **kwargs
             )
 
+        @functools.cached_property
+        def _one_head(self) -> Any:
+            """This builder, for layers of one KV head."""
+            builder = copy.copy(self)
+            builder.num_heads //= builder.num_kv_heads
+            builder.num_kv_heads = 1
+            return builder
+
+        def build_physical(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            return super().build(0, common_attn_metadata)
+
     class CompressedImpl(impl_base):
         def forward(
-            self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
             if window := getattr(layer, "observation_window", None):
                 window.capture(query)
-            return super().forward(layer, query, *args, **kwargs)
+            forward: Callable[..., Any] = super().forward
+            if kv_heads := getattr(attn_metadata, "kv_heads", 0):
+                forward = functools.partial(attend_by_head, forward, kv_heads)
+            return forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                *args,
+                **kwargs,
+            )
 
     derived = subclass_attention_backend_with_overrides(
         _PREFIX,

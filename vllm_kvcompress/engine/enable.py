@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from . import compat, metrics, requests
+from .pruner import PRUNABLE
 from .worker import WORKERS
 
 
@@ -22,6 +23,9 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     compat.check_engine()
     scheduler = vllm_config.scheduler_config
     kind = "Async" if scheduler.async_scheduling else ""
+    if config.prefill == "incremental":
+        # The whole prompt need not fit at once.
+        scheduler.scheduler_reserve_full_isl = False
     scheduler.scheduler_cls = (
         f"vllm_kvcompress.engine.scheduler.Compressed{kind}Scheduler"
     )
@@ -45,9 +49,11 @@ def _refusals(
         scheduler.max_num_batched_tokens,
         scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
     )
-    window = config.scorer.needs_queries
+    window = config.window
     block_size = cache.block_size or 1
     smallest = config.smallest_budget(block_size)
+    least = min(config.budgets, default=smallest)
+    prunes = any(scorer.prunes for scorer in config.scorers.values())
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
         (model.is_encoder_decoder, "encoder-decoder models", drop),
@@ -107,8 +113,20 @@ def _refusals(
             "or lower window",
         ),
         (
-            config.budget is not None and config.budget < smallest,
-            f"budget={config.budget} and KV blocks of {block_size} tokens",
+            prunes and model.architecture not in PRUNABLE,
+            f"method={config.method} on {model.architecture}, whose layers it cannot "
+            "prune",
+            "add prune=false, which drops their KV only",
+        ),
+        (
+            prunes and parallel.tensor_parallel_size > 1,
+            f"method={config.method} and --tensor-parallel-size "
+            f"{parallel.tensor_parallel_size}",
+            "use size 1 or add prune=false",
+        ),
+        (
+            least < smallest,
+            f"budget={least} and KV blocks of {block_size} tokens",
             f"use a budget of at least {smallest}, or a smaller --block-size",
         ),
     ]

@@ -16,17 +16,20 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..config import KVCompressionConfig
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
-from .layout import page_layout
+from .head_pages import HeadPages, keep_by_head
+from .layers import rated
+from .layout import kernel_blocks, page_layout
+from .pruner import Pruner, Tier
 from .rows import RowShift
 from .spec import CompressedAttentionSpec
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
-ReadRow = Callable[[int, str, int], torch.Tensor]
+ReadRow = Callable[[int, str, int, int], torch.Tensor]
 
 
 @dataclass
 class ObservationWindow:
-    """Queries of one layer, kept until their prompt is compressed.
+    """Queries of one layer, kept until their request is compressed.
 
     Attributes:
         spans: ``(request id, first, end)`` of tokens in the current batch; one
@@ -63,12 +66,14 @@ class CompressionExecutor:
     """What a model runner calls around each step."""
 
     def __init__(self, config: KVCompressionConfig, device: torch.device) -> None:
-        self._scorer = config.scorer
+        self._scorers = config.scorers
         self._device = device
         self._groups: dict[int, _Group] = {}
         self._windows: list[ObservationWindow] = []
         self._spans: list[tuple[str, int, int]] = []
         self._plan = StepPlan()
+        # Set by the runner, where a scorer prunes.
+        self.pruner: Pruner | None = None
         self.totals = Counters()
 
     def bind(
@@ -86,19 +91,39 @@ class CompressionExecutor:
         """
         self._groups.clear()
         self._windows.clear()
+        uneven = any(scorer.uneven for scorer in self._scorers.values())
         for index, spec in enumerate(kv_cache_config.kv_cache_groups):
-            if not isinstance(spec.kv_cache_spec, CompressedAttentionSpec):
+            kv_spec = spec.kv_cache_spec
+            if not isinstance(kv_spec, CompressedAttentionSpec):
                 continue
             group = _Group(
                 [layers[name] for name in spec.layer_names],
-                spec.kv_cache_spec.block_size,
-                RowShift(max_num_reqs, self._device),
+                kv_spec.block_size,
+                HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
+                if uneven
+                else RowShift(max_num_reqs, self._device),
             )
             self._groups[index] = group
-            if self._scorer.needs_queries:
+            if any(scorer.needs_queries for scorer in self._scorers.values()):
                 for layer in group.layers:
                     layer.observation_window = ObservationWindow(self._spans)
                     self._windows.append(layer.observation_window)
+
+    def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
+        """Learn the model's layers, if a scorer prunes them.
+
+        Args:
+            model: vLLM's.
+            builders: KV cache group -> builder of its attention metadata.
+        """
+        if not any(scorer.prunes for scorer in self._scorers.values()):
+            return
+        tiers = [
+            Tier(index, group.block_size, builders[index], group.layers)
+            for index, group in self._groups.items()
+        ]
+        tiers.sort(key=lambda tier: tier.layers[0].compressed_index)
+        self.pruner = Pruner(model, tiers, self._scorers)
 
     def row_shift(self, group: int) -> RowShift | None:
         """The group's row shift, None if the group is not compressed."""
@@ -125,19 +150,23 @@ class CompressionExecutor:
             if span := self._plan.observe.get(request_id):
                 self._spans.append((request_id, first + span[0], first + span[1]))
             first += int(count)
+        if self.pruner:
+            self.pruner.begin(self._plan, request_ids, counts, self._spans)
 
     def end_forward(self) -> None:
         """Later batches are dummies until the next `begin_step`."""
         self._spans.clear()
         for group in self._groups.values():
             group.rows.begin(())
+        if self.pruner:
+            self.pruner.end()
 
     def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
         """Execute the plan after the forward and report what was done.
 
         Args:
-            read_row: ``(group, request id, count)`` -> the first ``count``
-                physical blocks of the row, int64 on the device.
+            read_row: ``(group, request id, first, end)`` -> physical blocks at these
+                entries of the row, int64 on the device.
             write_row: ``(group, request id, first entry, block ids)``.
         """
         plan, self._plan = self._plan, StepPlan()
@@ -148,20 +177,21 @@ class CompressionExecutor:
         for request_id, groups in plan.compress.items():
             for index, directive in groups.items():
                 group = self._groups[index]
-                blocks = -(-directive.num_tokens // group.block_size)
-                self._compress(
-                    group, request_id, read_row(index, request_id, blocks), directive
-                )
-                write_row(
-                    index, request_id, directive.freed_blocks, directive.destination
-                )
-                evicted = directive.freed_blocks * group.block_size
-                group.rows.set(request_id, evicted)
+                first, size = directive.shift, group.block_size
+                if not directive.pruned:
+                    end = -(-directive.num_tokens // size)
+                    row = read_row(index, request_id, first, end)
+                    self._compress(group, request_id, row, directive)
+                shift = directive.new_shift
+                write_row(index, request_id, shift, directive.destination)
+                group.rows.set(request_id, shift * size)
                 report.compressions += 1
-                report.tokens_evicted += evicted
+                report.tokens_evicted += directive.freed_blocks * size
                 report.blocks_freed += directive.freed_blocks
-                report.logical_tokens += directive.num_tokens
-                report.retained_tokens += directive.num_tokens - evicted
+                report.logical_tokens += directive.num_tokens - first * size
+                report.retained_tokens += directive.num_tokens - shift * size
+        for request_id in plan.observed:
+            self._drop_queries(request_id)
         if plan.compress:
             report.seconds = time.perf_counter() - started
         self.totals.add(report)
@@ -172,15 +202,17 @@ class CompressionExecutor:
     def _compress(
         self, group: _Group, request_id: str, row: torch.Tensor, directive: Compress
     ) -> None:
-        """Score a prompt in every layer of a group, and copy its kept tokens."""
-        scorer, num_tokens = self._scorer, directive.num_tokens
-        candidates = directive.end_block * group.block_size
+        """Score a request in every layer of a group, and copy its kept tokens."""
+        scorer = self._scorers[directive.scorer]
+        num_tokens = directive.num_tokens - directive.shift * group.block_size
+        candidates = (directive.end_block - directive.shift) * group.block_size
         private = torch.tensor(directive.destination, dtype=torch.long)
         private = private.to(self._device, non_blocking=True)
+        by_head: list[tuple[torch.Tensor, Any, Any]] = []
         for layer in group.layers:
             cache, layout = layer.kv_cache, page_layout(layer)
-            source = _kernel_blocks(row, group.block_size // cache.shape[2])
-            target = _kernel_blocks(private, group.block_size // cache.shape[2])
+            source = kernel_blocks(row, group.block_size // cache.shape[2])
+            target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
             if scorer.needs_queries:
                 queries = layer.observation_window.take(request_id)
@@ -190,22 +222,24 @@ class CompressionExecutor:
                 queries,
                 layout.keys.take(cache, source)[:, :num_tokens],
                 values,
-                scale=layer.impl.scale,
-                softcap=getattr(layer.impl, "logits_soft_cap", None) or 0.0,
+                rated(layer),
             )
-            kept = select(scores[:, :candidates], len(target) * cache.shape[2])
+            scores = scores[:, :candidates]
+            if scorer.uneven:  # by what all layers together want
+                by_head.append((scores, cache, layout))
+                continue
+            kept = select(scores, len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):
                 half.write(cache, target, half.gather(cache, source, kept))
+        if isinstance(group.rows, HeadPages) and by_head:
+            keep_by_head(scorer, by_head, source, target, group.rows, request_id)
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
+        self._drop_queries(request_id)
+
+    def _drop_queries(self, request_id: str) -> None:
         for window in self._windows:
             window.queries.pop(request_id, None)
-
-
-def _kernel_blocks(blocks: torch.Tensor, split: int) -> torch.Tensor:
-    """The manager's blocks as the attention kernel's, ``split`` of them each."""
-    parts = torch.arange(split, device=blocks.device)
-    return (blocks[:, None] * split + parts).flatten()

@@ -7,22 +7,24 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
-from ..config import KEY, ConfigError
+from ..config import KEY, ConfigError, KVCompressionConfig
+from ..methods.base import Layer
+from .head_pages import BACKENDS
 from .spec import CompressedAttentionSpec
 
 
-def compress_layers(vllm_config: VllmConfig) -> int:
+def compress_layers(vllm_config: VllmConfig) -> None:
     """Give full-attention layers the compressed spec; leave all others alone.
 
     Only these layer objects change, no class of vLLM does.
 
-    Returns:
-        How many layers are compressed.
-
     Raises:
-        ConfigError: A full-attention layer works in a way that is not supported.
+        ConfigError: A full-attention layer works in a way that is not supported, or
+            budgets by layer do not fit this model.
     """
-    compressed = 0
+    config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
+    layers = []
+    uneven = any(scorer.uneven for scorer in config.scorers.values())
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in context.items():
         if not isinstance(layer, AttentionLayerBase):
@@ -34,24 +36,44 @@ def compress_layers(vllm_config: VllmConfig) -> int:
                 f"{KEY}: layer {name} uses {reason}, which cannot be compressed "
                 "yet; start without --kv-compression"
             )
-        layer.get_kv_cache_spec = _Compressed(layer.get_kv_cache_spec)
-        compressed += 1
-    if not compressed:
+        if uneven and (backend := layer.attn_backend.get_name()) not in BACKENDS:
+            raise ConfigError(
+                f"{KEY}: method={config.method} works with the attention backend "
+                f"{', '.join(BACKENDS)} only, not with {backend}; choose another method"
+            )
+        layers.append(layer)
+    if not layers:
         raise ConfigError(
             f"{KEY}: this model has no full-attention layer to compress; "
             "start without --kv-compression"
         )
-    return compressed
+    # Models build their layers from the bottom up.
+    most_tokens = config.most_tokens
+    for tier in config.tiers(len(layers)):
+        for index in tier:
+            layer = layers[index]
+            layer.compressed_index = index
+            layer.get_kv_cache_spec = _Compressed(
+                layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
+            )
+
+
+def rated(layer: Any) -> Layer:
+    """What scorers may know of a compressed layer."""
+    softcap = getattr(layer.impl, "logits_soft_cap", None) or 0.0
+    return Layer(layer.compressed_index, layer.impl.scale, softcap)
 
 
 class _Compressed:
     """A layer's ``get_kv_cache_spec`` whose answer is the compressed spec."""
 
-    def __init__(self, get_kv_cache_spec: Any) -> None:
+    def __init__(self, get_kv_cache_spec: Any, **fields: Any) -> None:
         self._get = get_kv_cache_spec
+        self._fields = fields
 
     def __call__(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return replace_as(self._get(vllm_config), CompressedAttentionSpec)
+        spec = self._get(vllm_config)
+        return replace_as(spec, CompressedAttentionSpec, **self._fields)
 
 
 def _unsupported(layer: Any) -> str | None:

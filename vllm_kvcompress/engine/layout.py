@@ -156,3 +156,9 @@ def _cpu_pages(
             landed[half] += page.flatten().long() << shift
     key, value = landed.argsort(dim=1).view(2, block_size, head_size)
     return PageLayout(Elements(key), Elements(value + count))
+
+
+def kernel_blocks(blocks: torch.Tensor, split: int) -> torch.Tensor:
+    """The manager's blocks as the attention kernel's, ``split`` of them each."""
+    parts = torch.arange(split, device=blocks.device)
+    return (blocks[:, None] * split + parts).flatten()

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from ..budget import Fit
+from ..budget import Fit, fit
 from ..plan import Compress
 
 
@@ -20,11 +20,13 @@ class _Compressed:
     """One request's private blocks.
 
     Attributes:
-        destination: Hold the kept tokens; never hashed, never shared.
+        end_block: Logical blocks ``[0, end_block)`` are null; their kept tokens lie
+        destination: in these blocks, never hashed, never shared.
         pending: Originals that the worker still reads in the current step.
     """
 
-    destination: list[KVCacheBlock]
+    end_block: int = 0
+    destination: list[KVCacheBlock] = field(default_factory=list)
     pending: list[KVCacheBlock] = field(default_factory=list)
 
 
@@ -35,32 +37,59 @@ class CompressedKVManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._compressed: dict[str, _Compressed] = {}
 
-    def compress(self, request_id: str, fit: Fit, num_tokens: int) -> Compress | None:
-        """Take a prompt's blocks off its list, for the worker to empty.
+    def shift(self, request_id: str) -> int:
+        """Logical blocks that a request has lost so far."""
+        state = self._compressed.get(request_id)
+        return state.end_block - len(state.destination) if state else 0
+
+    def fit(self, request_id: str, num_tokens: int, budget: int) -> Fit:
+        """Lay out what a request holds of its first ``num_tokens``, see `budget.fit`.
+
+        Block numbers count what it holds, from its private blocks on.
+        """
+        held = num_tokens - self.shift(request_id) * self.block_size
+        return fit(held, budget, self.block_size)
+
+    def compress(
+        self,
+        request_id: str,
+        scorer: str,
+        num_tokens: int,
+        target: Fit,
+        *,
+        pruned: bool = False,
+    ) -> Compress | None:
+        """Take blocks off a request's list, for the worker to empty.
 
         Args:
-            request_id: A running request whose prompt is computed in this step.
-            fit: What is kept, see `budget.fit`.
-            num_tokens: Length of the prompt.
+            request_id: A running request, and
+            scorer: which method compresses it.
+            num_tokens: Tokens that are computed after this step, or fewer.
+            target: What is kept of them, from `fit`.
+            pruned: See `Compress`.
 
         Returns:
             The directive, or None if no private blocks can be had now.
         """
         blocks = self.req_to_blocks[request_id]
-        source = blocks[: fit.end_block]
-        destination = self._private_blocks(source, fit.kept_blocks)
+        shift = self.shift(request_id)
+        state = self._compressed.setdefault(request_id, _Compressed())
+        end_block = target.end_block + shift
+        source = state.destination + blocks[state.end_block : end_block]
+        destination = self._private_blocks(source, target.kept_blocks)
         if destination is None:
             return None
         taken = {block.block_id for block in destination}
-        blocks[: fit.end_block] = [self._null_block] * fit.end_block
-        self._compressed[request_id] = _Compressed(
-            destination,
-            [block for block in source if block.block_id not in taken],
-        )
+        blocks[:end_block] = [self._null_block] * end_block
+        state.end_block, state.destination = end_block, destination
+        state.pending += [block for block in source if block.block_id not in taken]
         return Compress(
+            scorer=scorer,
             num_tokens=num_tokens,
-            end_block=fit.end_block,
+            end_block=end_block,
             destination=tuple(block.block_id for block in destination),
+            shift=shift,
+            pruned=pruned,
         )
 
     def _private_blocks(

@@ -32,11 +32,11 @@ SKIPPED = f"{PREFIX}skipped:"
 MICROSECONDS = 1e6
 
 COUNTERS = {
-    "compressions": "Prompts compressed, once per KV cache group.",
-    "tokens_evicted": "Prompt tokens dropped from the KV cache, per group.",
+    "compressions": "Compressions, once per KV cache group.",
+    "tokens_evicted": "Tokens dropped from the KV cache, per group.",
     "blocks_freed": "KV blocks given back to the pool.",
-    "logical_tokens": "Prompt tokens of compressed prompts, per group.",
-    "retained_tokens": "Tokens that these prompts hold after compression.",
+    "logical_tokens": "Tokens that were held before these compressions, per group.",
+    "retained_tokens": "Tokens that are held after them.",
     "seconds": "Time that workers spent on compression.",
 }
 # Reasons that dashboards see at zero; others appear when they happen.

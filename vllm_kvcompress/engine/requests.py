@@ -1,7 +1,8 @@
 """Per-request settings, from ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``).
 
-``{"kv_compression": "off"}`` leaves one prompt as it is, and
-``{"kv_compression_budget": 512}`` keeps fewer tokens of it than the server would.
+``{"kv_compression": "off"}`` leaves one request as it is, the name of a method that
+the server offers compresses it with that one, and ``{"kv_compression_budget": 512}``
+keeps fewer tokens of it than the server would.
 """
 
 import functools
@@ -23,12 +24,14 @@ class RequestSettings:
     """What one request asks for.
 
     Attributes:
-        enabled: Whether its prompt may be compressed.
+        enabled: Whether it may be compressed.
         budget: Upper bound on its budget in tokens, None = the server's.
+        method: How its prompt is compressed, None = the server's way.
     """
 
     enabled: bool = True
     budget: int | None = None
+    method: str | None = None
 
 
 class RequestError(ValueError):
@@ -63,14 +66,22 @@ def request_settings(
     budget = mine.pop(BUDGET_KEY, None)
     for key, value in mine.items():
         raise RequestError(key, value, f"the keys {KEY} and {BUDGET_KEY}")
-    if mode not in (None, "on", "off", config.method):
-        raise RequestError(KEY, mode, f"'off', 'on' or {config.method!r}")
+    methods = (config.method, *config.request_methods)
+    modes = ["on", *dict.fromkeys(methods)]
+    if config.prefill == "exact":
+        modes.insert(0, "off")  # else its prompt might never find room
+    if mode is not None and mode not in modes:
+        raise RequestError(KEY, mode, ", ".join(map(repr, modes)))
+    if budget is not None and config.scorer.owns_budget:
+        raise RequestError(BUDGET_KEY, budget, f"none with {config.method}")
     if budget is not None:
         least = config.smallest_budget(block_size or 1)
-        if type(budget) is not int or not least <= budget <= (config.budget or budget):
-            most = "" if config.budget is None else f" to {config.budget}"
+        fixed = config.budget or max(config.layer_budgets or [0])
+        if type(budget) is not int or not least <= budget <= (fixed or budget):
+            most = f" to {fixed}" if fixed else ""
             raise RequestError(BUDGET_KEY, budget, f"whole numbers from {least}{most}")
-    return RequestSettings(mode != "off", budget)
+    method = mode if mode in config.request_methods else None
+    return RequestSettings(mode != "off", budget, method)
 
 
 @functools.cache

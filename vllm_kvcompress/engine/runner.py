@@ -49,6 +49,13 @@ class _Runner:
                         f"{KEY}: {type(builder).__name__} would not see compression"
                     )
                 builder.row_shift = row_shift
+        self.compression.bind_pruner(
+            self.get_model(),
+            {
+                i: groups[0].metadata_builders[0]
+                for i, groups in enumerate(self.attn_groups)
+            },
+        )
 
     def execute_model(
         self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
@@ -116,8 +123,10 @@ class RunnerV1(_Runner):
         row = self.input_batch.req_id_to_index[request_id]
         return self.input_batch.block_table[group].get_numpy_array()[row]
 
-    def _read_row(self: Any, group: int, request_id: str, count: int) -> torch.Tensor:
-        row = torch.from_numpy(self._table_row(group, request_id)[:count])
+    def _read_row(
+        self: Any, group: int, request_id: str, first: int, end: int
+    ) -> torch.Tensor:
+        row = torch.from_numpy(self._table_row(group, request_id)[first:end])
         return row.to(self.device, torch.long)
 
     def _write_row(
@@ -149,9 +158,11 @@ class RunnerV2(_Runner):
         )
         return super().prepare_attn(input_batch)  # type: ignore[misc]
 
-    def _read_row(self: Any, group: int, request_id: str, count: int) -> torch.Tensor:
+    def _read_row(
+        self: Any, group: int, request_id: str, first: int, end: int
+    ) -> torch.Tensor:
         slot = self.req_states.req_id_to_index[request_id]
-        return self.block_tables.block_tables[group].gpu[slot, :count].long()
+        return self.block_tables.block_tables[group].gpu[slot, first:end].long()
 
     def _write_row(
         self: Any, group: int, request_id: str, first: int, blocks: tuple[int, ...]

@@ -1,12 +1,13 @@
 """vLLM's scheduler, planning compression.
 
 Everything is decided here, once, for all workers: which requests, when, how many
-blocks, and which. A prompt is compressed after the step that computes its last
-token; a preempted request is cut at that same place again when it resumes, so
+blocks, and which. A compression is due at a fixed number of tokens, such as the
+prompt's; a preempted request is cut at the same places again when it resumes, so
 that its second life equals its first.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
@@ -19,14 +20,37 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from ..budget import fit
-from ..config import KEY, ConfigError, KVCompressionConfig
+from ..budget import Fit, fit
+from ..config import DECODE, KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, StepPlan
 from . import metrics
 from .manager import CompressedKVManager
-from .requests import request_settings
+from .requests import RequestSettings, request_settings
 
 logger = init_logger("vllm.plugins.kv_compression")
+
+
+@dataclass
+class _Course:
+    """A request's next compression.
+
+    Attributes:
+        settings: What the request asked for.
+        scorer: Which of `KVCompressionConfig.scorers` rates the tokens.
+        window: Queries that it wants to see.
+        due: It comes after the step that computes the last of so many tokens.
+        targets: What is to be kept, in the groups that still wait for it.
+        prune: Whether dropped tokens are not even computed in higher layers.
+        dry: Whether private blocks were missing.
+    """
+
+    settings: RequestSettings
+    scorer: str
+    window: int
+    due: int
+    targets: dict[int, Fit]
+    prune: bool = False
+    dry: bool = False
 
 
 class CompressedScheduler(Scheduler):
@@ -48,13 +72,13 @@ class CompressedScheduler(Scheduler):
                 f"{KEY}: no KV cache group of this model can be compressed; "
                 "start without --kv-compression"
             )
-        self._window = self._config.scorer.needs_queries
-        # Request id -> its budget, 0 = stays as it is; forgotten with its blocks.
-        self._budgets: dict[str, int] = {}
-        # Request id -> groups that are still to be compressed.
-        self._open: dict[str, set[int]] = {}
-        # Requests for which no private block could be had yet.
-        self._dry: set[str] = set()
+        # Layers alike but for their tier have pages, and so blocks, of one size.
+        self._block_size = next(iter(self._managers.values())).block_size
+        self._tiers = sorted(
+            {manager.kv_cache_spec.tier for manager in self._managers.values()}
+        )
+        # Request id -> its next compression, None = no more; forgotten with its blocks.
+        self._courses: dict[str, _Course | None] = {}
         # Request id -> its tokens that saw no compressed context.
         self._exact_tokens: dict[str, int] = {}
         self._skipped: Counter[str] = Counter()
@@ -85,67 +109,114 @@ class CompressedScheduler(Scheduler):
         coordinator.cache_blocks = cache_blocks
 
     def _log_capacity(self) -> None:
-        block_size = self._block_size(next(iter(self._managers)))
-        length = self.max_model_len
-        budget = self._config.prompt_budget(length, block_size)
-        kept = fit(length, budget, block_size)
+        length, held, full = self.max_model_len, 0, 0
+        for group, budget in self._budgets(self._config.method, length).items():
+            found = fit(length, budget, self._managers[group].block_size)
+            held += found.kept_blocks + bool(found.tail_tokens)
+            full += found.end_block + bool(found.tail_tokens)
         logger.info(
             "KV compression %s: %d of %d KV cache groups; a prompt of %d tokens "
-            "keeps %d blocks of %d tokens per group instead of %d.",
+            "keeps %d of their %d blocks.",
             self._config.settings(),
             len(self._managers),
             len(self.kv_cache_config.kv_cache_groups),
             length,
-            kept.kept_blocks + bool(kept.tail_tokens),
-            block_size,
-            -(-length // block_size),
+            held,
+            full,
         )
-
-    def _block_size(self, group: int) -> int:
-        return self._managers[group].block_size
+        if self._config.prefill == "incremental":
+            logger.warning(
+                "KV compression: long prompts are compressed while they are read "
+                "(prefill=incremental). Later parts of a prompt do not see what was "
+                "dropped before, so answers differ from those of prefill=exact."
+            )
 
     # Per request -----------------------------------------------------------
 
-    def _budget(self, request: Request) -> int:
-        """The request's budget in tokens, 0 if it stays as it is."""
-        budget = self._budgets.get(request.request_id)
-        if budget is None:
-            budget, reason = self._decide(request)
-            self._budgets[request.request_id] = budget
-            if budget:
-                self._open[request.request_id] = set(self._managers)
-            elif request.num_preemptions == 0:
-                self._skipped[reason] += 1
-        return budget
+    def _budgets(
+        self, scorer: str, prompt: int, requested: int | None = None
+    ) -> dict[int, int]:
+        """A request's budgets by group, in tokens per KV head and layer."""
+        by_tier = self._config.tier_budgets(
+            scorer, self._tiers, prompt, self._block_size, requested
+        )
+        return {
+            group: by_tier[manager.kv_cache_spec.tier]
+            for group, manager in self._managers.items()
+        }
 
-    def _decide(self, request: Request) -> tuple[int, str]:
+    def _course(self, request: Request) -> "_Course | None":
+        """The request's next compression, None if it goes on as it is."""
+        request_id = request.request_id
+        if request_id not in self._courses:
+            settings, reason = self._settings(request)
+            course = self._next(request, settings, 0) if settings else None
+            self._courses[request_id] = course
+            if course and course.prune:
+                self._exact_tokens[request_id] = 0
+            if course is None and request.num_preemptions == 0:
+                self._skipped[reason] += 1
+        return self._courses[request_id]
+
+    def _settings(self, request: Request) -> tuple[RequestSettings | None, str]:
+        """What the request asks for, and why nothing may come of it."""
         params = request.sampling_params
         if params is None or request.resumable:
-            return 0, "session"
-        block_size = self._block_size(next(iter(self._managers)))
+            return None, "session"
         try:
-            settings = request_settings(params.extra_args, self._config, block_size)
+            settings = request_settings(
+                params.extra_args, self._config, self._block_size
+            )
         except ValueError:
             # The front end answers these with an error; an engine lives on.
-            return 0, "invalid"
+            return None, "invalid"
         if not settings.enabled:
-            return 0, "off"
-        if params.max_tokens == 1:
-            return 0, "one_token"
+            return None, "off"
+        return settings, "one_token" if request.max_tokens == 1 else "short"
+
+    def _next(
+        self, request: Request, settings: RequestSettings, computed: int
+    ) -> "_Course | None":
+        """The first compression after ``computed`` tokens that frees a block.
+
+        When and what depend on the request alone, not on chunks, neighbours or
+        preemptions, so that its second life equals its first.
+        """
         prompt = request.num_prompt_tokens
-        budget = self._config.prompt_budget(prompt, block_size, settings.budget)
-        if not any(
-            fit(prompt, budget, self._block_size(group)).shrinks
-            for group in self._managers
-        ):
-            return 0, "short"
-        return budget, ""
+        for due in self._config.due(prompt, prompt + request.max_tokens - 1):
+            scorer = settings.method or self._config.method
+            if due > prompt:
+                scorer = DECODE
+            method = self._config.scorers[scorer]
+            window = method.queries_wanted(due)
+            if due - max(window, 1) < computed:
+                continue
+            budgets = self._budgets(scorer, prompt, settings.budget)
+            targets = {
+                group: manager.fit(request.request_id, due, budgets[group])
+                for group, manager in self._managers.items()
+            }
+            targets = {group: fit for group, fit in targets.items() if fit.shrinks}
+            if targets:
+                prune = method.prunes and due == prompt and self._prunable(request)
+                return _Course(settings, scorer, window, due, targets, prune)
+        return None
+
+    def _prunable(self, request: Request) -> bool:
+        """Whether a prompt always finds room in one step; all of it has to."""
+        config = self.scheduler_config
+        room = config.max_num_batched_tokens - config.max_num_seqs
+        threshold = config.long_prefill_token_threshold or room
+        params = request.sampling_params
+        return (
+            request.num_prompt_tokens <= min(room, threshold)
+            and params is not None
+            and params.prompt_logprobs is None
+        )
 
     def _free_request_blocks(self, request: Request) -> None:
-        self._budgets.pop(request.request_id, None)
-        self._open.pop(request.request_id, None)
+        self._courses.pop(request.request_id, None)
         self._exact_tokens.pop(request.request_id, None)
-        self._dry.discard(request.request_id)
         super()._free_request_blocks(request)
 
     # vLLM's steps ----------------------------------------------------------
@@ -153,8 +224,9 @@ class CompressedScheduler(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        if self._budget(request):
-            self._hit_limit = request.num_prompt_tokens - max(self._window, 1)
+        if course := self._course(request):
+            hit = 0 if course.prune else course.due - max(course.window, 1)
+            self._hit_limit = hit
         try:
             return super()._get_local_prefix_cache_hit(request)
         finally:
@@ -163,7 +235,7 @@ class CompressedScheduler(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk at the prompt's end, and give the last one the window.
+        """End a chunk where a compression is due, and give the last one the window.
 
         A window may straddle chunks; in one chunk it costs one copy per layer, and
         a last chunk of one token need not leave the CUDA graphs of decodes.
@@ -171,14 +243,16 @@ class CompressedScheduler(Scheduler):
         count = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        to_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        if to_prompt_end <= 0 or count <= 0 or not self._budget(request):
+        course = self._course(request) if count > 0 else None
+        missing = course.due - num_computed_tokens if course else 0
+        if course is None or missing <= 0:
             return count
-        remaining = to_prompt_end - count
-        if remaining <= 0:
-            return to_prompt_end
-        missing = self._window - remaining
-        return count - missing if 0 < missing < count else count
+        if missing <= count:
+            return missing
+        if course.prune:
+            return 0  # until a step has room for all of it
+        early = course.window - (missing - count)
+        return count - early if 0 < early < count else count
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Free what the last plan emptied, schedule, and plan this step."""
@@ -192,44 +266,44 @@ class CompressedScheduler(Scheduler):
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         observe: dict[str, tuple[int, int]] = {}
         compress: dict[str, dict[int, Compress]] = {}
+        observed: list[str] = []
         for request_id, count in scheduled.items():
-            if request_id in self._budgets and request_id not in self._open:
-                continue
             request = self.requests[request_id]
-            if not self._budget(request):
+            course = self._course(request)
+            if course is None:
                 continue
-            prompt, end = request.num_prompt_tokens, request.num_computed_tokens
-            start = end - count
-            first, last = max(start, prompt - self._window), min(end, prompt)
+            end = request.num_computed_tokens
+            start, due = end - count, course.due
+            first, last = max(start, due - course.window), min(end, due)
             if first < last:
                 observe[request_id] = (first - start, last - start)
-            if end >= prompt and (groups := self._compress(request)):
-                compress[request_id] = groups
+            if end >= due:
+                if groups := self._compress(request, course):
+                    compress[request_id] = groups
+                if not course.targets:
+                    observed.append(request_id)
         skipped, self._skipped = dict(self._skipped), Counter()
         self._unsent.add(Counters(skipped=skipped))
-        return StepPlan(observe, compress, skipped)
+        return StepPlan(observe, compress, observed, skipped)
 
-    def _compress(self, request: Request) -> dict[int, Compress]:
+    def _compress(self, request: Request, course: "_Course") -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
-        request_id, prompt = request.request_id, request.num_prompt_tokens
-        open_groups = self._open[request_id]
+        request_id, computed = request.request_id, request.num_computed_tokens
         planned: dict[int, Compress] = {}
-        for group in sorted(open_groups):
-            manager = self._managers[group]
-            target = fit(prompt, self._budgets[request_id], manager.block_size)
-            if target.shrinks:
-                directive = manager.compress(request_id, target, prompt)
-                if directive is None:
-                    if request_id not in self._dry:
-                        self._dry.add(request_id)
-                        self._skipped["pool_dry"] += 1
-                    continue
+        for group, target in list(course.targets.items()):
+            directive = self._managers[group].compress(
+                request_id, course.scorer, course.due, target, pruned=course.prune
+            )
+            if directive is not None:
                 planned[group] = directive
-            open_groups.discard(group)
+                del course.targets[group]
         if planned:
-            self._exact_tokens.setdefault(request_id, request.num_computed_tokens)
-        if not open_groups:
-            del self._open[request_id]
+            self._exact_tokens.setdefault(request_id, computed)
+        if not course.targets:
+            self._courses[request_id] = self._next(request, course.settings, computed)
+        elif not course.dry:
+            course.dry = True
+            self._skipped["pool_dry"] += 1
         return planned
 
     def update_from_output(

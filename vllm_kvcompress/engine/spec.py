@@ -1,8 +1,9 @@
 """The KV cache spec of compressed layers, registered with vLLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -13,9 +14,25 @@ from .manager import CompressedKVManager
 class CompressedAttentionSpec(FullAttentionSpec):
     """Full attention whose prompt blocks may be replaced by fewer private ones.
 
-    Pages, views and admission are those of full attention: a prompt needs all of
-    its blocks until it is compressed.
+    Pages and views are those of full attention, and so is admission, except where
+    prompts are compressed while they are read.
+
+    Attributes:
+        tier: Which compressed layers, numbered from the bottom, hold equally many
+            tokens; a tier is a KV cache group of its own.
+        most_tokens: The most that a request ever holds, None = all of its tokens.
     """
+
+    tier: tuple[int, ...] = ()
+    most_tokens: int | None = None
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of the greatest length holds at once, per layer."""
+        full = super().max_memory_usage_bytes(vllm_config)
+        if self.most_tokens is None:
+            return full
+        blocks = -(-self.most_tokens // self.block_size)
+        return min(full, blocks * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -24,15 +41,21 @@ class CompressedAttentionSpec(FullAttentionSpec):
         Raises:
             AssertionError: What vLLM reads as "not the same group".
         """
-        if any(type(spec) is not cls for spec in specs):
-            raise AssertionError("compressed and plain layers form two groups")
-        return super().merge(specs)
+        first = specs[0]
+        if any(type(spec) is not cls or spec.tier != first.tier for spec in specs):
+            raise AssertionError("plain layers and every tier form groups of their own")
+        return replace(
+            super().merge(specs), tier=first.tier, most_tokens=first.most_tokens
+        )
 
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:
-        """Whether all layers carry this very spec."""
-        return all(type(spec) is type(self) for spec in kv_cache_specs.values())
+        """Whether all layers are compressed and of one tier."""
+        return all(
+            isinstance(spec, CompressedAttentionSpec) and spec.tier == self.tier
+            for spec in kv_cache_specs.values()
+        )
 
 
 # The registry adds vLLM's own specs only while it is empty, so they go first.

@@ -11,7 +11,15 @@ from .base import Scorer
 
 METHODS = {
     "snapkv": "vllm_kvcompress.methods.snapkv:SnapKV",
+    "ada_snapkv": "vllm_kvcompress.methods.ada_snapkv:AdaSnapKV",
+    "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
+    "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
+    "tova": "vllm_kvcompress.methods.tova:TOVA",
+    "keydiff": "vllm_kvcompress.methods.keydiff:KeyDiff",
+    "knorm": "vllm_kvcompress.methods.knorm:KNorm",
+    "rkv": "vllm_kvcompress.methods.rkv:RKV",
+    "random": "vllm_kvcompress.methods.random:Random",
 }
 
 

@@ -1,9 +1,26 @@
 """What a method is: a scorer with its parameters."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention layer whose tokens are rated.
+
+    Attributes:
+        index: Among the layers that are compressed, from 0 at the bottom.
+        scale: Factor on attention logits.
+        softcap: Logit soft cap, 0 = none.
+    """
+
+    index: int
+    scale: float
+    softcap: float = 0.0
 
 
 class Scorer(BaseModel):
@@ -23,6 +40,10 @@ class Scorer(BaseModel):
         """How many of the prompt's last queries ``score`` wants; 0 = keys only."""
         return 0
 
+    def queries_wanted(self, num_tokens: int) -> int:
+        """The same for a prompt of ``num_tokens``, where it depends on that."""
+        return self.needs_queries
+
     @property
     def needs_values(self) -> bool:
         """Whether ``score`` looks at the values."""
@@ -33,14 +54,60 @@ class Scorer(BaseModel):
         """How many tokens ``score`` protects with ``+inf``; a budget is larger."""
         return 0
 
+    @property
+    def layered(self) -> bool:
+        """Whether `layer_budgets` differ, or anything else by groups of layers."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether `head_shares` differ."""
+        return False
+
+    @property
+    def owns_budget(self) -> bool:
+        """Whether `layer_budgets` follow from the method's own parameters.
+
+        They then never rise with depth, and are rounded up to whole blocks.
+        """
+        return False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a layer's dropped tokens are not computed in the layers above."""
+        return False
+
+    def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
+        """Deal out the layers' tokens per KV head, ``budget`` on average at most.
+
+        Args:
+            num_tokens: Length of the prompt.
+            budget: The average.
+            num_layers: Layers that are compressed; the lowest comes first.
+        """
+        return [budget] * num_layers
+
+    def head_shares(
+        self, scores: Sequence[torch.Tensor], pages: int, page_size: int
+    ) -> list[int]:
+        """Deal out what neighbouring layers keep between their KV heads.
+
+        Args:
+            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``.
+            pages: To be dealt out, of all heads together.
+            page_size: Tokens of one page; ``tokens`` is a multiple.
+
+        Returns:
+            Pages per head, ``pages`` in sum and the same in each layer.
+        """
+        return [pages // len(scores[0])] * len(scores[0])
+
     def score(
         self,
         queries: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor | None,
-        *,
-        scale: float,
-        softcap: float = 0.0,
+        layer: Layer,
     ) -> torch.Tensor:
         """Rate the tokens of one layer.
 
@@ -50,8 +117,7 @@ class Scorer(BaseModel):
             keys: ``[kv_heads, tokens, head_size]`` (rotated).
             values: ``[kv_heads, tokens, head_size]``, or None if ``needs_values``
                 is False.
-            scale: The layer's factor on attention logits.
-            softcap: The layer's logit soft cap, 0 = none.
+            layer: What else is known of the layer.
 
         Returns:
             ``[kv_heads, tokens]`` float32; higher is kept first.

@@ -1,13 +1,22 @@
 """SnapKV: keep what the end of the prompt looks at (arXiv 2404.14469)."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from ..ops.pool import Pooling, pool
 from ..ops.window_scores import window_scores
-from .base import Scorer
+from .base import Layer, Scorer
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, such as 5 or 7")
+    return value
+
+
+KernelSize = Annotated[int, AfterValidator(_odd)]
 
 
 class SnapKV(Scorer):
@@ -21,15 +30,10 @@ class SnapKV(Scorer):
     name: ClassVar[str] = "snapkv"
 
     window: int = Field(32, ge=1, description="Last prompt tokens that vote.")
-    kernel_size: int = Field(7, ge=1, description="Pooling width, odd; 1 = none.")
+    kernel_size: KernelSize = Field(
+        7, ge=1, description="Pooling width, odd; 1 = none."
+    )
     pooling: Pooling = Field("max", description="How neighbours are smoothed.")
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("must be odd, such as 5 or 7")
-        return value
 
     @property
     def needs_queries(self) -> int:
@@ -44,14 +48,12 @@ class SnapKV(Scorer):
         queries: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor | None,
-        *,
-        scale: float,
-        softcap: float = 0.0,
+        layer: Layer,
     ) -> torch.Tensor:
         """See `Scorer.score`."""
         if queries is None:
             raise ValueError("SnapKV needs the observation window's queries")
-        scores = window_scores(queries, keys, scale=scale, softcap=softcap)
+        scores = window_scores(queries, keys, scale=layer.scale, softcap=layer.softcap)
         past = scores.shape[1] - self.window
         scores[:, :past] = pool(
             scores[:, :past], kernel_size=self.kernel_size, pooling=self.pooling

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from .base import Scorer
+from .base import Layer, Scorer
 
 
 class StreamingLLM(Scorer):
@@ -28,9 +28,7 @@ class StreamingLLM(Scorer):
         queries: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor | None,
-        *,
-        scale: float,
-        softcap: float = 0.0,
+        layer: Layer,
     ) -> torch.Tensor:
         """See `Scorer.score`: a token's position is its score."""
         kv_heads, tokens, _ = keys.shape

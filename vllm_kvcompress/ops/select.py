@@ -1,5 +1,7 @@
 """Which tokens each KV head keeps."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -17,3 +19,9 @@ def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :count].sort(dim=-1).values
+
+
+def select_each(scores: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """As `select`, with a count for every KV head: ``[count]`` int64 of each."""
+    rows = scores.split(1)
+    return [select(row, count)[0] for row, count in zip(rows, counts, strict=True)]

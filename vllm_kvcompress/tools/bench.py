@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add = parser.add_argument
     add("--method", required=True, help="the method to measure, such as snapkv")
-    add("--model", help="a checkpoint (default: a small random-weight Llama)")
+    add(
+        "--model",
+        default="small",
+        help="a checkpoint, or a random-weight Llama of ours: small (default, GQA, "
+        "2 layers) or wide (8 layers with 16 KV heads, bound by its weights)",
+    )
     add(
         "--prompt-len",
         type=positive,
@@ -31,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--budget", type=positive, help=f"tokens kept (default {DEFAULT_BUDGET})")
     add("--config", default="{}", help="more settings of the method, as JSON")
+    add(
+        "--engine",
+        type=_json_object,
+        default={},
+        help="keywords of LLM for all arms, as JSON, such as '{\"block_size\": 32}'",
+    )
     add(
         "--shapes",
         default=",".join(SHAPES),
@@ -56,6 +67,13 @@ def positive(text: str) -> int:
     return value
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    if not isinstance(value := json.loads(text), dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return value
+
+
 def _gib(text: str) -> float:
     """Parse an amount of memory."""
     if not (value := float(text)) > 0:
@@ -69,7 +87,7 @@ def method_settings(method: str, budget: int | None, config: str) -> dict[str, A
     Raises:
         ToolError: The plugin would refuse them.
     """
-    from ..config import ConfigError, KVCompressionConfig
+    from ..config import SIZE_KEYS, ConfigError, KVCompressionConfig
 
     try:
         settings = {"method": method, **json.loads(config)}
@@ -77,21 +95,30 @@ def method_settings(method: str, budget: int | None, config: str) -> dict[str, A
         raise ToolError(f"--config {config!r} is not a JSON object") from None
     if budget is not None:
         settings["budget"] = budget
-    elif "keep_ratio" not in settings:
-        settings.setdefault("budget", DEFAULT_BUDGET)
     try:
-        return KVCompressionConfig.from_dict(settings).settings()
+        checked = KVCompressionConfig.from_dict(settings)
+        if not (checked.scorer.owns_budget or settings.keys() & set(SIZE_KEYS)):
+            checked = checked.model_copy(update={"budget": DEFAULT_BUDGET})
+        return checked.settings()
     except ConfigError as error:
         raise ToolError(str(error)) from None
 
 
-def kept_tokens(settings: Mapping[str, Any], prompt_len: int) -> int:
-    """How many tokens of a long prompt stay.
+def kept_tokens(settings: Mapping[str, Any], prompt_len: int, layers: int) -> int:
+    """How many tokens of a long prompt stay, in the mean of all layers.
 
     Raises:
         ToolError: All of them; there would be nothing to measure.
     """
-    kept = settings.get("budget") or int(settings["keep_ratio"] * prompt_len)
+    from ..config import ConfigError, KVCompressionConfig
+
+    config = KVCompressionConfig.from_dict(settings)
+    try:
+        tiers = config.tiers(layers)
+    except ConfigError as error:
+        raise ToolError(str(error)) from None
+    budgets = config.tier_budgets(config.method, tiers, prompt_len, 1)
+    kept = sum(min(prompt_len, budgets[t]) * len(t) for t in tiers) // layers
     if kept >= prompt_len:
         raise ToolError(
             f"--prompt-len {prompt_len} must be above the {kept} tokens that are kept"
@@ -154,6 +181,7 @@ class _Bench:
                 "skip_tokenizer_init": True,
                 "max_model_len": traffic.prompt_len + traffic.max_tokens,
                 "kv_cache_memory_bytes": space,
+                **self.args.engine,
             },
             passes=traffic.prompts(model.vocab_size),
             warmup=traffic.warmup(model.vocab_size, self.kept),
@@ -174,12 +202,12 @@ class _Bench:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     method = method_settings(args.method, args.budget, args.config)
-    kept = kept_tokens(method, args.prompt_len)
     names = shape_names(args.shapes)
     from .environment import environment
     from .report import progress_bars, show, task_adder
 
     model = bench_model(args.model)
+    kept = kept_tokens(method, args.prompt_len, model.about["layers"])
     machine = environment()
     if machine["load_before"] > BUSY_LOAD:
         note = f"note: the machine is busy, load {machine['load_before']}; "
@@ -194,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
             "settings": {
                 "method": method,
                 "model": model.about,
+                "engine": args.engine,
                 "repeats": args.repeats,
                 "shapes": bench.parameters,
             },

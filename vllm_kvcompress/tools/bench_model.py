@@ -10,15 +10,27 @@ from typing import Any
 from .errors import ToolError
 
 OWN_FOLDER = Path("build/bench-model")
-OWN_SHAPE = {
-    "vocab_size": 1024,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
+OWN_SHAPES = {
+    "small": {
+        "vocab_size": 1024,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+    },
+    "wide": {
+        "vocab_size": 1024,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+    },
 }
 
 
@@ -41,17 +53,19 @@ class BenchModel:
     about: dict[str, Any]
 
 
-def bench_model(location: str | None) -> BenchModel:
-    """Look at the user's model, or make our own.
+def bench_model(location: str) -> BenchModel:
+    """Look at the user's model, or make one of our own by name.
 
     Raises:
         ToolError: There is no such model.
     """
     from transformers import AutoConfig
 
-    if location is None:
-        _make(OWN_FOLDER)
-    source = location or str(OWN_FOLDER)
+    source, name = location, Path(location).name
+    if location in OWN_SHAPES:
+        folder = OWN_FOLDER / location
+        _make(folder, OWN_SHAPES[location])
+        source, name = str(folder), f"random-weight Llama, {location}"
     try:
         config = AutoConfig.from_pretrained(source).get_text_config()
     except (OSError, ValueError) as error:
@@ -67,7 +81,7 @@ def bench_model(location: str | None) -> BenchModel:
         vocab_size=config.vocab_size,
         token_bytes=vectors * head_dim * config.dtype.itemsize,
         about={
-            "name": Path(location).name if location else "random-weight Llama",
+            "name": name,
             "dtype": str(config.dtype).removeprefix("torch."),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
@@ -78,7 +92,7 @@ def bench_model(location: str | None) -> BenchModel:
     )
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, shape: dict[str, int]) -> None:
     """Write our own model, unless it is there already."""
     if (folder / "model.safetensors").exists():
         return
@@ -88,4 +102,4 @@ def _make(folder: Path) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**OWN_SHAPE)).float().save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape)).float().save_pretrained(folder)

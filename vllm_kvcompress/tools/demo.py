@@ -57,46 +57,22 @@ def _arms(budget: int) -> dict[str, dict[str, Any]]:
 
 def _measure(args: argparse.Namespace) -> Results:
     """Run every arm and grade its answers."""
-    from .arms import Job, run_arm
-    from .bench_model import bench_model
-    from .needle import accuracy, model_path, needle_prompts
+    from .needle_run import NeedleRun
     from .report import progress_bars, task_adder
 
     arms = _arms(args.budget)
-    sizes = {"num_tokens": args.prompt_len, "needles": args.needles}
-    try:
-        prompts = needle_prompts(**sizes, count=args.prompts, seed=0)
-        warmup = needle_prompts(**sizes, count=1, seed=1)
-    except ValueError as error:
-        raise ToolError(str(error)) from None
-    model = bench_model(model_path())
-    length = args.prompt_len + OUTPUT_TOKENS
-    job = Job(
-        llm={
-            "model": model.location,
-            "dtype": model.dtype,
-            "skip_tokenizer_init": True,
-            "max_model_len": length,
-            "kv_cache_memory_bytes": (args.prompts + 2)
-            * (length + 128)
-            * model.token_bytes,
-        },
-        passes=[[prompt.token_ids for prompt in prompts]],
-        warmup=[prompt.token_ids for prompt in warmup],
+    task = NeedleRun.prepare(
+        prompt_len=args.prompt_len,
+        count=args.prompts,
+        needles=args.needles,
         max_tokens=OUTPUT_TOKENS,
     )
     results: Results = {}
     with progress_bars() as bars:
         add_task = task_adder(bars)
         for name, arm in arms.items():
-            done = run_arm(name, job, arm, report=add_task(name), verbose=args.verbose)
-            held = done.measures["kv_bytes_held"] / done.measures["decode_requests"]
-            results[name] = {
-                "accuracy": accuracy(prompts, done.outputs[0]),
-                "kv_blocks_per_request": done.measures["kv_blocks_per_request"],
-                "kv_mib_per_request": held / 2**20,
-                "decode_tokens_per_s": done.measures["decode_tokens_per_s"],
-            }
+            report = add_task(name)
+            results[name] = task.run(name, arm, report=report, verbose=args.verbose)
     return results
 
 

@@ -123,14 +123,17 @@ def _check_proof(
     config: KVCompressionConfig,
     passes: Sequence[Prompts],
     block_size: int,
+    layers: int,
     compressions: int,
 ) -> None:
     """Raise if prompts should have shrunk and none did."""
+    tiers = config.tiers(layers)
     for length in {len(prompt) for prompts in passes for prompt in prompts}:
-        budget = config.prompt_budget(length, block_size)
-        if not compressions and fit(length, budget, block_size).shrinks:
+        budgets = config.tier_budgets(config.method, tiers, length, block_size)
+        least = min(budgets.values())
+        if not compressions and fit(length, least, block_size).shrinks:
             raise RuntimeError(
-                f"prompts of {length} tokens have a budget of {budget}, "
+                f"prompts of {length} tokens have a budget of {least}, "
                 "yet the engine compressed none"
             )
 
@@ -172,12 +175,17 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
     if before and after:
         done = after["compressions"] - before["compressions"]
         config = KVCompressionConfig.from_dict(settings)
-        _check_proof(config, job["passes"], block_size, done)
+        layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
+        _check_proof(config, job["passes"], block_size, layers, done)
     return {
         "measures": measures,
         "outputs": outputs,
         "compression": after,
-        "engine": {"threads": torch.get_num_threads(), "block_size": block_size},
+        "engine": {
+            "threads": torch.get_num_threads(),
+            "block_size": block_size,
+            "block_bytes": block_bytes,
+        },
     }
 
 

@@ -11,6 +11,7 @@ from .errors import ToolError
 COMMANDS = {
     "demo": "Needle questions on the bundled model: stock vLLM beside compressed.",
     "bench": "Speed and memory of a method against stock vLLM, shape by shape.",
+    "sweep": "Accuracy over budget of all methods on the bundled model.",
 }
 
 

@@ -1,0 +1,318 @@
+"""Crowded little engines for the simulator, as hypothesis thinks of them."""
+
+import copy
+import json
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+
+from tests.simulator import BLOCK, VOCAB, answer
+from vllm_kvcompress.config import KEY, KVCompressionConfig
+from vllm_kvcompress.engine.runner import RunnerV1, RunnerV2
+from vllm_kvcompress.engine.spec import CompressedAttentionSpec
+
+MAX_LEN = 64
+SLIDING_WINDOW = 7
+LAYERS_PER_GROUP = 2
+RUNNERS = {"V1": RunnerV1, "V2": RunnerV2}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request: when it comes, what it shares with others, and what it wants."""
+
+    step: int
+    shared: int
+    turn: int
+    own: int
+    max_tokens: int
+    extra_args: dict[str, Any] | None = None
+    priority: int = 0
+
+    def prompt(self, number: int) -> list[int]:
+        """A start that others have, the model's answer to it, and a question."""
+        tokens = [1 + 7 * i % 43 for i in range(self.shared)]
+        for _ in range(self.turn if tokens else 0):
+            tokens.append(answer(tokens))
+        tokens += [1 + (11 * i + 5 * number) % 47 for i in range(self.own)]
+        return tokens[: MAX_LEN - 1] or [1]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An engine and what happens to it.
+
+    Attributes:
+        settings: Of compression.
+        groups: A letter for each KV cache group: C compressed, W sliding window.
+            Where budgets differ by layer, each C is a tier.
+        disturbances: ``(step, what, which request)``.
+    """
+
+    settings: dict[str, Any]
+    arrivals: list[Arrival]
+    disturbances: list[tuple[int, str, int]] = field(default_factory=list)
+    groups: str = "C"
+    runner: str = "V1"
+    asynchronous: bool = False
+    caching: bool = True
+    policy: str = "fcfs"
+    chunk: int = 64
+    long_prefill: int = 0
+    max_seqs: int = 6
+    spare_blocks: int = 0
+    reserve: bool = True
+
+    def tiers(self) -> dict[int, tuple[int, ...]]:
+        """Layers that share a group's budget, by group."""
+        layers = list(range(self.groups.count("C") * LAYERS_PER_GROUP))
+        tiered = "layer_budgets" in self.settings
+        tiered = tiered or self.settings["method"] == "pyramidkv"
+        found = {}
+        for group, letter in enumerate(self.groups):
+            if letter == "C":
+                first = self.groups[:group].count("C") * LAYERS_PER_GROUP
+                own = layers[first : first + LAYERS_PER_GROUP]
+                found[group] = tuple(own if tiered else layers)
+        return found
+
+
+# What hypothesis draws ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What all methods of a server need: `least` tokens, chunks of a `window`."""
+
+    least: int
+    window: int
+
+
+def _method(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """A method with its parameters."""
+    parameters = {
+        "streamingllm": {"sinks": st.integers(0, 6)},
+        "snapkv": {"window": st.integers(1, 6)},
+        "pyramidkv": {
+            "window": st.integers(1, 6),
+            "beta": st.sampled_from([1, 2, 20]),
+        },
+    }
+    return st.sampled_from(names).flatmap(
+        lambda name: st.fixed_dictionaries(
+            {"method": st.just(name), **parameters[name]}
+        )
+    )
+
+
+@st.composite
+def _settings(
+    draw: st.DrawFn, layers: int, decode: bool, layered: bool, incremental: bool
+) -> tuple[dict[str, Any], _Needs]:
+    """What a server compresses, when, and how much of it."""
+    plain = ["streamingllm", "snapkv"]
+    sizes = ["budget", "budget", "budget", "keep_ratio"]
+    settings = draw(_method([*plain, "pyramidkv"] if layered else plain))
+    if layered and settings["method"] in plain:
+        sizes = ["layer_budgets"]
+    elif incremental:
+        sizes = ["budget"]
+    methods = [dict(settings)]
+    if decode:
+        settings["decode"] = draw(st.just({}) | _method(plain))
+        methods += [settings["decode"]] if settings["decode"] else []
+    if draw(st.integers(0, 3)) == 0:
+        offered = [*plain, "pyramidkv"] if layered else plain
+        others = [draw(_method([name])) for name in offered if draw(st.booleans())]
+        methods += others
+        settings["request_methods"] = {
+            other["method"]: {k: v for k, v in other.items() if k != "method"}
+            for other in others
+        }
+    window = max(method.get("window", 0) for method in methods)
+    kept = max(window, *(method.get("sinks", 0) for method in methods), 1)
+    least = BLOCK + kept - 1
+    budget = st.integers(least, least + 12)
+    size = draw(st.sampled_from(sizes))
+    if size == "budget":
+        settings[size] = draw(budget)
+    elif size == "keep_ratio":
+        settings[size] = draw(st.sampled_from([0.3, 0.6] + [1.0] * 2 * decode))
+    else:
+        budgets = st.lists(budget, min_size=layers, max_size=layers)
+        settings[size] = draw(budgets)
+    if decode:
+        interval = draw(st.sampled_from([3, 4, 7, 12]))
+        settings["decode"]["interval"] = max(interval, window, 1)
+        if draw(st.booleans()) or settings.get("keep_ratio") == 1.0:
+            settings["decode"]["budget"] = draw(budget)
+    if incremental:
+        interval = draw(st.sampled_from([5, 8, 11, 16]))
+        settings["prefill"] = "incremental"
+        settings["prefill_interval"] = max(interval, window)
+    return settings, _Needs(least, window)
+
+
+@st.composite
+def _wish(draw: st.DrawFn, settings: dict[str, Any], least: int) -> dict[str, Any]:
+    """What a request asks for itself."""
+    kinds = ["", "", "", "", "budget", "method"]
+    kind = draw(st.sampled_from(kinds + ["off"] * ("prefill" not in settings)))
+    if kind == "off":
+        return {KEY: "off"}
+    wish = {}
+    if kind == "method":
+        others = list(settings.get("request_methods", ()))
+        wish[KEY] = draw(st.sampled_from(["on", settings["method"], *others]))
+    if kind and draw(st.booleans() if kind == "method" else st.just(True)):
+        fixed = settings.get("budget") or max(settings.get("layer_budgets", [MAX_LEN]))
+        wish[f"{KEY}_budget"] = draw(st.integers(least, max(least, fixed)))
+    return wish
+
+
+@st.composite
+def workloads(
+    draw: st.DrawFn,
+    decode: bool | None = None,
+    layered: bool | None = None,
+    incremental: bool | None = None,
+    **fixed: Any,
+) -> Workload:
+    """Prompts around the budget, and pools just large enough.
+
+    Args:
+        draw: Hypothesis.
+        decode: Whether requests are compressed while they generate; None = drawn.
+        layered: Whether budgets differ by layer.
+        incremental: Whether prompts are compressed while they are read.
+        fixed: Fields of the workload that are not drawn.
+    """
+    seldom = st.sampled_from([False, False, True])
+    if incremental is None:
+        incremental = decode is not False and draw(seldom)
+    if decode is None:
+        decode = incremental or draw(st.booleans())
+    if layered is None:
+        layered = draw(seldom)
+    plain = ["C", "C", "CC", "CW", "CWC"]
+    choice = st.sampled_from(["CC", "CWC"] if layered else plain)
+    groups = fixed.pop("groups", None) or draw(choice)
+    settings, needs = draw(
+        _settings(groups.count("C") * LAYERS_PER_GROUP, decode, layered, incremental)
+    )
+    budget = settings.get("budget", needs.least + 6)
+    lengths = [0, 8, 15, 16, 17, 24, 31, 40]
+    starts = draw(st.lists(st.sampled_from(lengths), min_size=1, max_size=3))
+    arrivals: list[Arrival] = []
+    step = 0
+    for _ in range(draw(st.integers(1, 10))):
+        step += draw(st.sampled_from([0, 0, 0, 1, 4]))
+        shared = draw(st.sampled_from(starts))
+        edge = max(0, budget - shared)
+        own = draw(
+            st.sampled_from([0, 0, 1, 3])
+            | st.integers(0, 20)
+            | st.integers(max(0, edge - 1), edge + 1)
+        )
+        arrivals.append(
+            Arrival(
+                step,
+                shared,
+                draw(st.sampled_from([0, 0, 3, 9])),
+                own,
+                draw(st.sampled_from([1, 2, 5, 9, 16, 30])),
+                draw(_wish(settings, needs.least)) or None,
+                draw(st.integers(0, 2)),
+            )
+        )
+    kinds = st.sampled_from(["abort", "late abort", "reset", "again"])
+    events = st.tuples(st.integers(0, 50), kinds, st.integers(0, 9))
+    choices = {
+        "runner": st.sampled_from(sorted(RUNNERS)),
+        "asynchronous": st.booleans(),
+        "caching": st.sampled_from([True, True, False]),
+        "policy": st.sampled_from(["fcfs", "fcfs", "priority"]),
+        "chunk": st.sampled_from([5, 8, 13, 24, 64]).map(
+            lambda n: max(n, needs.window)
+        ),
+        "long_prefill": st.sampled_from([0, 0, max(7, needs.window)]),
+        "max_seqs": st.integers(1, 6),
+        "spare_blocks": st.sampled_from([0, 0, 0, 2, 6, 20]),
+        "reserve": st.just(False) if incremental else st.booleans(),
+    }
+    rest = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
+    disturbances = draw(st.lists(events, max_size=4))
+    return Workload(settings, arrivals, disturbances, groups, **rest, **fixed)
+
+
+# vLLM's configuration -----------------------------------------------------------------
+
+
+@cache
+def base_config() -> VllmConfig:
+    """vLLM's configuration for a model that is never built."""
+    llama = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": MAX_LEN,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(llama))
+        return EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=MAX_LEN,
+            enforce_eager=True,
+        ).create_engine_config()
+
+
+def configs(load: Workload) -> tuple[VllmConfig, KVCacheConfig]:
+    """A workload's engine, with at least the blocks that vLLM insists on."""
+    config = copy.copy(base_config())
+    config.additional_config = {KEY: load.settings}
+    scheduler = config.scheduler_config = copy.copy(config.scheduler_config)
+    scheduler.async_scheduling = load.asynchronous
+    scheduler.policy = load.policy
+    scheduler.max_num_batched_tokens = load.chunk
+    scheduler.max_num_scheduled_tokens = None
+    scheduler.long_prefill_token_threshold = load.long_prefill
+    scheduler.max_num_seqs = load.max_seqs
+    scheduler.scheduler_reserve_full_isl = load.reserve
+    common = dict(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    most_tokens = KVCompressionConfig.from_dict(load.settings).most_tokens
+    tiers, specs = load.tiers(), []
+    for group in range(len(load.groups)):
+        if group in tiers:
+            spec = CompressedAttentionSpec(
+                **common, tier=tiers[group], most_tokens=most_tokens
+            )
+        else:
+            spec = SlidingWindowSpec(**common, sliding_window=SLIDING_WINDOW)
+        specs.append(spec)
+    blocks = 1 + load.spare_blocks
+    for spec in specs:
+        blocks += spec.max_memory_usage_bytes(config) // spec.page_size_bytes
+    cache_config = config.cache_config = copy.copy(config.cache_config)
+    cache_config.enable_prefix_caching = load.caching
+    cache_config.block_size = BLOCK
+    cache_config.num_gpu_blocks = blocks
+    groups = [KVCacheGroupSpec([str(i)], spec) for i, spec in enumerate(specs)]
+    return config, KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups)

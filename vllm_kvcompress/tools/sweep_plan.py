@@ -1,0 +1,126 @@
+"""Which arms a sweep runs, and how much of a prompt each of them keeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..budget import fit
+from ..config import ConfigError, KVCompressionConfig
+from .errors import ToolError
+
+STOCK = "stock"
+OWN_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "pyramidinfer": [{"decay_ratio": ratio} for ratio in (0.9, 0.5, 0.1)]
+}
+"""What is swept instead of ``budget`` where a method does not take one."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One engine of a sweep.
+
+    Attributes:
+        method: Its name, or `STOCK`.
+        budget: As given; None where there is none.
+        parameters: Of the method, as given.
+        kept_tokens: How many tokens of a prompt stay, in the mean of all layers.
+    """
+
+    method: str
+    budget: int | None
+    parameters: dict[str, Any]
+    kept_tokens: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What users write as ``kv_compression``."""
+        budget = {} if self.budget is None else {"budget": self.budget}
+        return {"method": self.method, **budget, **self.parameters}
+
+    @property
+    def label(self) -> str:
+        """The arm in a few words."""
+        pairs = list(self.settings.items())[1:]
+        return " ".join([self.method, *(f"{key}={value}" for key, value in pairs)])
+
+
+@dataclass
+class Plan:
+    """The arms, stock first and then method by method.
+
+    Attributes:
+        arms: What runs.
+        skipped: Sentences on what does not.
+    """
+
+    arms: list[Arm]
+    skipped: list[str] = field(default_factory=list)
+
+
+def plan(
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    *,
+    prompt_len: int,
+    block_size: int,
+    layers: int,
+) -> Plan:
+    """Lay out a sweep.
+
+    Args:
+        methods: Names.
+        budgets: In tokens per KV head and layer.
+        prompt_len: Length of all prompts.
+        block_size: Tokens per KV block.
+        layers: Of the model.
+
+    Raises:
+        ToolError: The plugin refuses a method, or a budget holds a whole prompt.
+    """
+    if max(budgets) >= prompt_len:
+        raise ToolError(
+            f"--budgets {max(budgets)} must be below --prompt-len {prompt_len}"
+        )
+    made = Plan([Arm(STOCK, None, {}, prompt_len)])
+    for method in methods:
+        config = _config({"method": method})
+        choices: list[tuple[int | None, dict[str, Any]]]
+        if config.scorer.owns_budget:
+            choices = [(None, own) for own in OWN_SETTINGS.get(method, [{}])]
+        else:
+            smallest = config.smallest_budget(block_size)
+            choices = [(budget, {}) for budget in budgets if budget >= smallest]
+            if small := [str(budget) for budget in budgets if budget < smallest]:
+                made.skipped.append(
+                    f"{method} needs a budget of at least {smallest} with KV blocks "
+                    f"of {block_size} tokens; skipped: {', '.join(small)}"
+                )
+        for budget, parameters in choices:
+            arm = Arm(method, budget, parameters, 0)
+            kept = kept_tokens(arm.settings, prompt_len, block_size, layers)
+            if kept < prompt_len:
+                made.arms.append(Arm(method, budget, parameters, kept))
+            else:
+                made.skipped.append(f"{arm.label} keeps whole prompts; skipped")
+    return made
+
+
+def kept_tokens(
+    settings: dict[str, Any], prompt_len: int, block_size: int, layers: int
+) -> float:
+    """How many tokens of a prompt stay per KV head, in the mean of all layers."""
+    config = _config(settings)
+    tiers = config.tiers(layers)
+    budgets = config.tier_budgets(config.method, tiers, prompt_len, block_size)
+    freed = sum(
+        fit(prompt_len, budgets[tier], block_size).freed_blocks * len(tier)
+        for tier in tiers
+    )
+    return prompt_len - freed * block_size / layers
+
+
+def _config(settings: dict[str, Any]) -> KVCompressionConfig:
+    try:
+        return KVCompressionConfig.from_dict(settings)
+    except ConfigError as error:
+        raise ToolError(str(error)) from None
