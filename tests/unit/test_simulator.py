@@ -26,6 +26,7 @@ from tests.simulator import Violation, Worker
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Workload, workloads
 from vllm_kvcompress import methods
+from vllm_kvcompress.engine.course import Planner
 from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.runner import RunnerV1
@@ -333,12 +334,12 @@ PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         {"caching": True, "spare_blocks": 0},
     ),
     "answer taken for a prompt": (
-        SCHEDULER,
-        "_next",
+        Planner,
+        "next",
         _take_answer_for_prompt,
         {"decode": True},
     ),
-    "tiers mixed up": (SCHEDULER, "_budgets", _mix_up_tiers, {"layered": True}),
+    "tiers mixed up": (Planner, "budgets", _mix_up_tiers, {"layered": True}),
     "source read from the start": (
         EXECUTOR,
         "finish_step",

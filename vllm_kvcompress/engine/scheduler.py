@@ -7,7 +7,6 @@ that its second life equals its first.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
@@ -20,37 +19,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from ..budget import Fit, fit
-from ..config import DECODE, KEY, ConfigError, KVCompressionConfig
+from ..budget import fit
+from ..config import KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, StepPlan
 from . import metrics
+from .course import Course, Planner
 from .manager import CompressedKVManager
-from .requests import RequestSettings, request_settings
 
 logger = init_logger("vllm.plugins.kv_compression")
-
-
-@dataclass
-class _Course:
-    """A request's next compression.
-
-    Attributes:
-        settings: What the request asked for.
-        scorer: Which of `KVCompressionConfig.scorers` rates the tokens.
-        window: Queries that it wants to see.
-        due: It comes after the step that computes the last of so many tokens.
-        targets: What is to be kept, in the groups that still wait for it.
-        prune: Whether dropped tokens are not even computed in higher layers.
-        dry: Whether private blocks were missing.
-    """
-
-    settings: RequestSettings
-    scorer: str
-    window: int
-    due: int
-    targets: dict[int, Fit]
-    prune: bool = False
-    dry: bool = False
 
 
 class CompressedScheduler(Scheduler):
@@ -72,13 +48,9 @@ class CompressedScheduler(Scheduler):
                 f"{KEY}: no KV cache group of this model can be compressed; "
                 "start without --kv-compression"
             )
-        # Layers alike but for their tier have pages, and so blocks, of one size.
-        self._block_size = next(iter(self._managers.values())).block_size
-        self._tiers = sorted(
-            {manager.kv_cache_spec.tier for manager in self._managers.values()}
-        )
+        self._planner = Planner(self._config, self._managers, self.scheduler_config)
         # Request id -> its next compression, None = no more; forgotten with its blocks.
-        self._courses: dict[str, _Course | None] = {}
+        self._courses: dict[str, Course | None] = {}
         # Request id -> its tokens that saw no compressed context.
         self._exact_tokens: dict[str, int] = {}
         self._skipped: Counter[str] = Counter()
@@ -110,7 +82,7 @@ class CompressedScheduler(Scheduler):
 
     def _log_capacity(self) -> None:
         length, held, full = self.max_model_len, 0, 0
-        for group, budget in self._budgets(self._config.method, length).items():
+        for group, budget in self._planner.budgets(self._config.method, length).items():
             found = fit(length, budget, self._managers[group].block_size)
             held += found.kept_blocks + bool(found.tail_tokens)
             full += found.end_block + bool(found.tail_tokens)
@@ -133,86 +105,18 @@ class CompressedScheduler(Scheduler):
 
     # Per request -----------------------------------------------------------
 
-    def _budgets(
-        self, scorer: str, prompt: int, requested: int | None = None
-    ) -> dict[int, int]:
-        """A request's budgets by group, in tokens per KV head and layer."""
-        by_tier = self._config.tier_budgets(
-            scorer, self._tiers, prompt, self._block_size, requested
-        )
-        return {
-            group: by_tier[manager.kv_cache_spec.tier]
-            for group, manager in self._managers.items()
-        }
-
-    def _course(self, request: Request) -> "_Course | None":
+    def _course(self, request: Request) -> Course | None:
         """The request's next compression, None if it goes on as it is."""
         request_id = request.request_id
         if request_id not in self._courses:
-            settings, reason = self._settings(request)
-            course = self._next(request, settings, 0) if settings else None
+            settings, reason = self._planner.settings(request)
+            course = self._planner.next(request, settings, 0) if settings else None
             self._courses[request_id] = course
             if course and course.prune:
                 self._exact_tokens[request_id] = 0
             if course is None and request.num_preemptions == 0:
                 self._skipped[reason] += 1
         return self._courses[request_id]
-
-    def _settings(self, request: Request) -> tuple[RequestSettings | None, str]:
-        """What the request asks for, and why nothing may come of it."""
-        params = request.sampling_params
-        if params is None or request.resumable:
-            return None, "session"
-        try:
-            settings = request_settings(
-                params.extra_args, self._config, self._block_size
-            )
-        except ValueError:
-            # The front end answers these with an error; an engine lives on.
-            return None, "invalid"
-        if not settings.enabled:
-            return None, "off"
-        return settings, "one_token" if request.max_tokens == 1 else "short"
-
-    def _next(
-        self, request: Request, settings: RequestSettings, computed: int
-    ) -> "_Course | None":
-        """The first compression after ``computed`` tokens that frees a block.
-
-        When and what depend on the request alone, not on chunks, neighbours or
-        preemptions, so that its second life equals its first.
-        """
-        prompt = request.num_prompt_tokens
-        for due in self._config.due(prompt, prompt + request.max_tokens - 1):
-            scorer = settings.method or self._config.method
-            if due > prompt:
-                scorer = DECODE
-            method = self._config.scorers[scorer]
-            window = method.queries_wanted(due)
-            if due - max(window, 1) < computed:
-                continue
-            budgets = self._budgets(scorer, prompt, settings.budget)
-            targets = {
-                group: manager.fit(request.request_id, due, budgets[group])
-                for group, manager in self._managers.items()
-            }
-            targets = {group: fit for group, fit in targets.items() if fit.shrinks}
-            if targets:
-                prune = method.prunes and due == prompt and self._prunable(request)
-                return _Course(settings, scorer, window, due, targets, prune)
-        return None
-
-    def _prunable(self, request: Request) -> bool:
-        """Whether a prompt always finds room in one step; all of it has to."""
-        config = self.scheduler_config
-        room = config.max_num_batched_tokens - config.max_num_seqs
-        threshold = config.long_prefill_token_threshold or room
-        params = request.sampling_params
-        return (
-            request.num_prompt_tokens <= min(room, threshold)
-            and params is not None
-            and params.prompt_logprobs is None
-        )
 
     def _free_request_blocks(self, request: Request) -> None:
         self._courses.pop(request.request_id, None)
@@ -286,7 +190,7 @@ class CompressedScheduler(Scheduler):
         self._unsent.add(Counters(skipped=skipped))
         return StepPlan(observe, compress, observed, skipped)
 
-    def _compress(self, request: Request, course: "_Course") -> dict[int, Compress]:
+    def _compress(self, request: Request, course: Course) -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
         request_id, computed = request.request_id, request.num_computed_tokens
         planned: dict[int, Compress] = {}
@@ -300,7 +204,9 @@ class CompressedScheduler(Scheduler):
         if planned:
             self._exact_tokens.setdefault(request_id, computed)
         if not course.targets:
-            self._courses[request_id] = self._next(request, course.settings, computed)
+            self._courses[request_id] = self._planner.next(
+                request, course.settings, computed
+            )
         elif not course.dry:
             course.dry = True
             self._skipped["pool_dry"] += 1

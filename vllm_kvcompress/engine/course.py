@@ -1,0 +1,119 @@
+"""When a request is compressed next, and down to what.
+
+That depends on the request alone, not on chunks, neighbours or preemptions, so that
+its second life equals its first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm.config import SchedulerConfig
+from vllm.v1.request import Request
+
+from ..budget import Fit
+from ..config import DECODE, KVCompressionConfig
+from .manager import CompressedKVManager
+from .requests import RequestSettings, request_settings
+
+
+@dataclass
+class Course:
+    """A request's next compression.
+
+    Attributes:
+        settings: What the request asked for.
+        scorer: Which of `KVCompressionConfig.scorers` rates the tokens.
+        window: Queries that it wants to see.
+        due: It comes after the step that computes the last of so many tokens.
+        targets: What is to be kept, in the groups that still wait for it.
+        prune: Whether dropped tokens are not even computed in higher layers.
+        dry: Whether private blocks were missing.
+    """
+
+    settings: RequestSettings
+    scorer: str
+    window: int
+    due: int
+    targets: dict[int, Fit]
+    prune: bool = False
+    dry: bool = False
+
+
+class Planner:
+    """Works out the courses of requests on one engine."""
+
+    def __init__(
+        self,
+        config: KVCompressionConfig,
+        managers: Mapping[int, CompressedKVManager],
+        scheduler_config: SchedulerConfig,
+    ) -> None:
+        self._config, self._managers = config, managers
+        self._scheduler_config = scheduler_config
+        # Layers alike but for their tier have pages, and so blocks, of one size.
+        self._block_size = next(iter(managers.values())).block_size
+        self._tiers = sorted({m.kv_cache_spec.tier for m in managers.values()})
+
+    def budgets(
+        self, scorer: str, prompt: int, requested: int | None = None
+    ) -> dict[int, int]:
+        """A request's budgets by group, in tokens per KV head and layer."""
+        by_tier = self._config.tier_budgets(
+            scorer, self._tiers, prompt, self._block_size, requested
+        )
+        return {
+            group: by_tier[manager.kv_cache_spec.tier]
+            for group, manager in self._managers.items()
+        }
+
+    def settings(self, request: Request) -> tuple[RequestSettings | None, str]:
+        """What the request asks for, and why nothing may come of it."""
+        params = request.sampling_params
+        if params is None or request.resumable:
+            return None, "session"
+        try:
+            settings = request_settings(
+                params.extra_args, self._config, self._block_size
+            )
+        except ValueError:
+            # The front end answers these with an error; an engine lives on.
+            return None, "invalid"
+        if not settings.enabled:
+            return None, "off"
+        return settings, "one_token" if request.max_tokens == 1 else "short"
+
+    def next(
+        self, request: Request, settings: RequestSettings, computed: int
+    ) -> Course | None:
+        """The first compression after ``computed`` tokens that frees a block."""
+        prompt = request.num_prompt_tokens
+        for due in self._config.due(prompt, prompt + request.max_tokens - 1):
+            scorer = settings.method or self._config.method
+            if due > prompt:
+                scorer = DECODE
+            method = self._config.scorers[scorer]
+            window = method.queries_wanted(due)
+            if due - max(window, 1) < computed:
+                continue
+            budgets = self.budgets(scorer, prompt, settings.budget)
+            targets = {
+                group: manager.fit(request.request_id, due, budgets[group])
+                for group, manager in self._managers.items()
+            }
+            targets = {group: fit for group, fit in targets.items() if fit.shrinks}
+            if targets:
+                prune = method.prunes and due == prompt and self._prunable(request)
+                return Course(settings, scorer, window, due, targets, prune)
+        return None
+
+    def _prunable(self, request: Request) -> bool:
+        """Whether a prompt always finds room in one step; all of it has to."""
+        config = self._scheduler_config
+        room = config.max_num_batched_tokens - config.max_num_seqs
+        threshold = config.long_prefill_token_threshold or room
+        params = request.sampling_params
+        return (
+            request.num_prompt_tokens <= min(room, threshold)
+            and params is not None
+            and params.prompt_logprobs is None
+        )
