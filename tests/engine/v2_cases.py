@@ -272,6 +272,7 @@ class Cases:
             "decode": {"interval": 16},
         }
         config = {"kv_compression": settings}
+        self._kept.of.clear()
         with self._engine(additional_config=config, num_gpu_blocks_override=60) as llm:
             watch, before = Watch(llm), free_blocks(llm)
             answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], COUNT)

@@ -46,6 +46,8 @@ def test_prompt_budget(settings: dict) -> None:
         budget = config.prompt_budget(tokens, 32)
         if config.budget is not None:
             assert budget == config.budget
+        elif config.scorer.owns_budget:
+            assert budget == tokens  # nothing but its own parameters bounds it
         else:
             assert budget == max(int(tokens * config.keep_ratio), smallest)
         assert config.prompt_budget(tokens, 32, requested=smallest) <= budget

@@ -51,6 +51,10 @@ class PyramidInfer(Scorer):
         return 1 + int(self.recent_ratio * num_tokens)
 
     @property
+    def always_kept(self) -> int:
+        return self.sinks + 1
+
+    @property
     def prunes(self) -> bool:
         return self.prune
 
