@@ -48,6 +48,19 @@ def test_from_dict_leaves_its_argument_alone():
         ({"keep_ratio": 1.5}, ["keep_ratio=1.5", "less than or equal to 1"]),
         ({"budget": 512, "keep_ratio": 0.5}, ["budget=512", "keep_ratio=0.5"]),
         ({"window": 0}, ["window=0", "greater than or equal to 1"]),
+        ({"layer_budgets": [512, 32]}, ["budget=32", "larger than", "32"]),
+        ({"layer_budgets": "none.json"}, ["'none.json'", "readable JSON"]),
+        ({"layer_budgets": [9], "budget": 512}, ["budget=512", "layer_budgets"]),
+        ({"layers_per_tier": 2}, ["layers_per_tier=2", "layer_budgets"]),
+        ({"decode": 128}, ["decode must be a mapping"]),
+        ({"decode": {"interval": 8}}, ["decode.interval=8", "window of 32"]),
+        ({"decode": {"every": 8}}, ["'decode.every'", "interval"]),
+        ({"decode": {"budget": 9}}, ["budget=9", "larger than"]),
+        ({"prefill": "fast"}, ["prefill='fast'", "exact", "incremental"]),
+        ({"prefill": "incremental"}, ["prefill='incremental'", "decode"]),
+        ({"request_methods": ["nope"]}, ["'nope'", "snapkv"]),
+        ({"request_methods": {"knorm": 1}}, ["request_methods.knorm", "mapping"]),
+        ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
         ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
         ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
     ],
@@ -75,3 +88,25 @@ def test_prompt_budget():
     assert share.prompt_budget(10_000, 16, requested=128) == 128
     assert share.prompt_budget(10_000, 16, requested=9_000) == 2_500
     assert share.prompt_budget(40, 16) == share.smallest_budget(16) == 47
+
+
+def test_layer_budgets_from_a_file(tmp_path):
+    file = tmp_path / "budgets.json"
+    file.write_text("[512, 256]")
+    config = parse(layer_budgets=str(file))
+    assert config.layer_budgets == (512, 256)
+    assert config.settings()["layer_budgets"] == [512, 256]
+    assert config.tiers(2) == [(0,), (1,)]
+    with pytest.raises(ConfigError, match="2 entries; this model has 3 layers"):
+        config.tiers(3)
+
+
+def test_tiers_have_equal_sizes():
+    config = KVCompressionConfig.from_dict({"method": "pyramidkv"})
+    assert [len(tier) for tier in config.tiers(32)] == [4] * 8
+    assert [len(tier) for tier in config.tiers(22)] == [11] * 2
+    uneven = KVCompressionConfig.from_dict(
+        {"method": "pyramidkv", "layers_per_tier": 5}
+    )
+    with pytest.raises(ConfigError, match="layers_per_tier=5 must divide the 32"):
+        uneven.tiers(32)

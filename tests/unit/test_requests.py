@@ -38,6 +38,40 @@ def test_accepted(extra_args, wanted):
     assert request_settings(extra_args, FIXED, 16) == wanted
 
 
+def test_a_method_that_the_server_offers():
+    offers = KVCompressionConfig.from_dict(
+        {"method": "snapkv", "request_methods": ["keydiff"]}
+    )
+    chosen = request_settings({"kv_compression": "keydiff"}, offers, 16)
+    assert chosen == RequestSettings(True, None, "keydiff")
+    with pytest.raises(RequestError, match="'off', 'on', 'snapkv', 'keydiff'"):
+        request_settings({"kv_compression": "knorm"}, offers, 16)
+
+
+def test_layer_budgets_bound_a_request():
+    layers = KVCompressionConfig.from_dict(
+        {"method": "snapkv", "layer_budgets": [512, 128]}
+    )
+    assert request_settings({"kv_compression_budget": 512}, layers, 16).budget == 512
+    with pytest.raises(RequestError, match="47 to 512"):
+        request_settings({"kv_compression_budget": 513}, layers, 16)
+
+
+def test_a_method_with_its_own_budget_takes_none():
+    own = KVCompressionConfig.from_dict({"method": "pyramidinfer"})
+    with pytest.raises(RequestError, match="none with pyramidinfer"):
+        request_settings({"kv_compression_budget": 512}, own, 16)
+
+
+def test_incremental_prompts_cannot_stay_whole():
+    server = KVCompressionConfig.from_dict(
+        {"method": "snapkv", "prefill": "incremental", "decode": {}}
+    )
+    assert request_settings({"kv_compression": "on"}, server, 16).enabled
+    with pytest.raises(RequestError, match="'on', 'snapkv'"):
+        request_settings({"kv_compression": "off"}, server, 16)
+
+
 def test_keep_ratio_has_no_upper_bound():
     wanted = RequestSettings(True, 100_000)
     assert request_settings({"kv_compression_budget": 100_000}, SHARE, 16) == wanted
