@@ -4,28 +4,23 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 ``additional_config={"kv_compression": {"method": "snapkv", "budget": 2048}}``
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from .budget import Tier, prompt_budget, smallest_budget, tier_budgets, tiers
-from .methods import load_method, method_names
 from .methods.base import Scorer
+from .parsing import KEY, ConfigError, built, read_json, split_method
 
-KEY = "kv_compression"
+__all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
+
 DEFAULT_BUDGET = 2048
 DECODE = "decode"  # among `KVCompressionConfig.scorers`
 SIZE_KEYS = ("budget", "keep_ratio", "layer_budgets")
 
 Tokens = Annotated[int, Field(ge=1, strict=True)]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one sentence for the user."""
 
 
 class DecodeConfig(BaseModel):
@@ -84,9 +79,9 @@ class KVCompressionConfig(BaseModel):
             ConfigError: Unknown key, wrong type or impossible value.
         """
         common = [key for key in cls.model_fields if key != "scorer"]
-        scorer, given = _scorer(settings, "", common)
+        scorer, given = split_method(settings, "", common)
         if isinstance(path := given.get("layer_budgets"), str):
-            given["layer_budgets"] = _read(path)
+            given["layer_budgets"] = read_json(path)
         if given.get("decode") is not None:
             given["decode"] = _decode(given["decode"], scorer)
         others = given.get("request_methods", {})
@@ -94,14 +89,14 @@ class KVCompressionConfig(BaseModel):
             others = {name: {} for name in others}
         if isinstance(others, Mapping):
             given["request_methods"] = {
-                name: _scorer(
+                name: split_method(
                     {"method": name, **own} if isinstance(own, Mapping) else own,
                     f"request_methods.{name}.",
                     (),
                 )[0]
                 for name, own in others.items()
             }
-        config = _built(cls, "", scorer=scorer, **given)
+        config = built(cls, "", scorer=scorer, **given)
         if not (scorer.owns_budget or any(getattr(config, k) for k in SIZE_KEYS)):
             config = config.model_copy(update={"budget": DEFAULT_BUDGET})
         if contradiction := config._contradiction():
@@ -335,64 +330,6 @@ class KVCompressionConfig(BaseModel):
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))
 
 
-def _scorer(
-    settings: Any, where: str, common: Sequence[str], default: Scorer | None = None
-) -> tuple[Scorer, dict[str, Any]]:
-    """Split flat settings into a method with its parameters and the ``common`` keys.
-
-    Args:
-        settings: What the user wrote.
-        where: Prefix of the keys in errors.
-        common: Keys that are not the method's.
-        default: Taken, with its parameters, if no method is named.
-
-    Raises:
-        ConfigError: Not a mapping, an unknown method or a bad parameter.
-    """
-    if not isinstance(settings, Mapping):
-        name = f"{KEY}.{where}".rstrip(".")
-        raise ConfigError(f"{name} must be a mapping, not {settings!r}")
-    rest = dict(settings)
-    given = {key: rest.pop(key) for key in common if key in rest}
-    name = rest.pop("method", default.name if default else None)
-    if not isinstance(name, str) or name not in method_names():
-        known = ", ".join(method_names())
-        raise ConfigError(f"{KEY}: {where}method is {name!r}; allowed values: {known}")
-    cls = load_method(name)
-    if default is not None and name == default.name:
-        rest = {**default.model_dump(), **rest}
-    allowed = [*cls.model_fields, *common]
-    for key in rest.keys() - cls.model_fields.keys():
-        raise ConfigError(
-            f"{KEY}: unknown key {where + key!r} for {name}; "
-            f"allowed keys: {', '.join(allowed)}"
-        )
-    return _built(cls, where, **rest), given
-
-
 def _decode(settings: Any, default: Scorer) -> DecodeConfig:
-    scorer, given = _scorer(settings, "decode.", ("interval", "budget"), default)
-    return _built(DecodeConfig, "decode.", scorer=scorer, **given)
-
-
-def _built(cls: type[Any], where: str, **fields: Any) -> Any:
-    """Build a model, or say of its first bad field: field, value, what is allowed."""
-    try:
-        return cls(**fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = where + ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        reason = reason.replace("Input should", "should")
-        raise ConfigError(
-            f"{KEY}: {key}={first['input']!r} {reason[0].lower()}{reason[1:]}"
-        ) from None
-
-
-def _read(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{KEY}: layer_budgets={path!r} is not a readable JSON file ({error})"
-        ) from None
+    scorer, given = split_method(settings, "decode.", ("interval", "budget"), default)
+    return built(DecodeConfig, "decode.", scorer=scorer, **given)

@@ -86,6 +86,19 @@ def free_blocks(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def preemptions(llm: Any) -> list[str]:
+    """Collects the ids of preempted requests as they happen."""
+    seen: list[str] = []
+    original = scheduler(llm)._preempt_request
+
+    def counting(request: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(request.request_id)
+        original(request, *args, **kwargs)
+
+    scheduler(llm)._preempt_request = counting
+    return seen
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Random tokens."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from tests.engine.conftest import (
     engine,
     free_blocks,
     generate,
+    preemptions,
     prompt,
     scheduler,
 )
@@ -179,14 +180,7 @@ def test_preemption_chunks_and_hits_change_nothing(llama: Path, name: str) -> No
         max_model_len=640,
         num_gpu_blocks_override=21 * blocks,
     ) as llm:
-        before, preempted = free_blocks(llm), []
-        original = scheduler(llm)._preempt_request
-
-        def counting(request: Any, *args: Any, **kwargs: Any) -> None:
-            preempted.append(request.request_id)
-            original(request, *args, **kwargs)
-
-        scheduler(llm)._preempt_request = counting
+        before, preempted = free_blocks(llm), preemptions(llm)
         tight = generate(llm, prompts, COUNT)
         assert free_blocks(llm) == before
     assert preempted or name == "incremental"

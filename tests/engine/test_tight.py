@@ -18,6 +18,7 @@ from tests.engine.conftest import (
     engine,
     free_blocks,
     generate,
+    preemptions,
     prompt,
     scheduler,
 )
@@ -52,21 +53,8 @@ def tight(llama: Any, unhurried: Any, request: Any) -> Iterator[Any]:
         yield llm
 
 
-def _preemptions(llm: Any) -> list[str]:
-    """Collects the ids of preempted requests as they happen."""
-    seen: list[str] = []
-    original = scheduler(llm)._preempt_request
-
-    def counting(request: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(request.request_id)
-        original(request, *args, **kwargs)
-
-    scheduler(llm)._preempt_request = counting
-    return seen
-
-
 def test_preempted_answers_equal_unhurried(tight: Any, unhurried: list[Answer]) -> None:
-    before, preempted = free_blocks(tight), _preemptions(tight)
+    before, preempted = free_blocks(tight), preemptions(tight)
     answers = generate(tight, [prompt(n, seed=n) for n in LENGTHS], 150)
     assert preempted, "the pool was not tight enough to test anything"
     assert stats(tight)["compressions"] > len(LENGTHS) - 1
