@@ -5,7 +5,7 @@ prompt by full attention, takes tokens out of sight, and decodes step by step.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from torch.nn.functional import silu
 
 Tensor = torch.Tensor
 # layer, queries [tokens, query_heads, head_size] of all tokens, keys and values
-# [kv_heads, held, head_size] of those in sight -> kept [kv_heads, kept], ascending
+# [held, head_size] of those that each KV head sees -> of each KV head [kept], ascending
 # among the held ones.
-Cut = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Cut = Callable[[int, Tensor, list[Tensor], list[Tensor]], Iterable[Tensor]]
 
 
 @dataclass
@@ -193,8 +193,8 @@ class DenseLlama:
     def _cut(self, cut: Cut, layer: int, state: Prefill, visible: Tensor) -> Tensor:
         """Take all tokens but the kept ones of a layer out of sight."""
 
-        def held(tokens: Tensor) -> Tensor:
-            return tokens[visible].view(self.kv_heads, -1, self.head_size)
+        def held(tokens: Tensor) -> list[Tensor]:
+            return [own[seen] for own, seen in zip(tokens, visible, strict=True)]
 
         kept = cut(
             layer,
@@ -202,5 +202,7 @@ class DenseLlama:
             held(state.keys[layer]),
             held(state.values[layer]),
         )
-        positions = visible.nonzero()[:, 1].view(self.kv_heads, -1)
-        return torch.zeros_like(visible).scatter(1, positions.gather(1, kept), True)
+        left = torch.zeros_like(visible)
+        for head, own in enumerate(kept):
+            left[head, visible[head].nonzero()[own, 0]] = True
+        return left

@@ -161,12 +161,11 @@ class KVCompressionConfig(BaseModel):
                     f"request_methods may not hold {name}, which prunes layers, beside "
                     f"method={self.method}; give it prune=false"
                 )
-        again = "prefill='incremental'" if self.prefill == "incremental" else "decode"
-        uneven = [s.name for s in self.scorers.values() if s.uneven]
-        if uneven and (self.decode or self.prefill == "incremental"):
+        if self.decode and self.decode.scorer.uneven != self.scorer.uneven:
             return (
-                f"{again} compresses a request more than once, which {uneven[0]} "
-                "cannot; drop it or choose another method"
+                f"decode.method={self.decode.scorer.name} cannot follow method="
+                f"{self.method}: KV heads keep equally many tokens with only one of "
+                "them; give the same method for both"
             )
         return None
 

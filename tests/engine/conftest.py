@@ -45,10 +45,29 @@ def save_llama(path: Path, *, kv_heads: int = 2, layers: int = 2) -> Path:
     return path
 
 
+def save_lopsided(path: Path, *, kv_heads: int = 2) -> Path:
+    """The same with a first KV head that looks everywhere; heads' needs differ."""
+    from safetensors.torch import load_file, save_file
+
+    save_llama(path, kv_heads=kv_heads)
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        if "q_proj" in name:
+            weight[: len(weight) // kv_heads] *= 0.02
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2-layer random Llama with 2 KV heads of 4 query heads each."""
     return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, from `save_lopsided`."""
+    return save_lopsided(tmp_path_factory.mktemp("lopsided"))
 
 
 @contextlib.contextmanager
@@ -179,12 +198,12 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Listen to our own selection; nothing of vLLM is touched."""
-    from vllm_kvcompress.engine import executor, head_pages
+    from vllm_kvcompress.engine import executor, uneven
     from vllm_kvcompress.methods.snapkv import SnapKV
 
     record = Recording()
     select, score = executor.select, SnapKV.score
-    select_each = head_pages.select_each
+    select_each = uneven.select_each
 
     def recording_select(scores: torch.Tensor, count: int) -> torch.Tensor:
         record.kept.append(select(scores, count))
@@ -200,7 +219,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
         return record.kept[-1]
 
     monkeypatch.setattr(executor, "select", recording_select)
-    monkeypatch.setattr(head_pages, "select_each", recording_select_each)
+    monkeypatch.setattr(uneven, "select_each", recording_select_each)
     monkeypatch.setattr(SnapKV, "score", recording_score)
     return record
 

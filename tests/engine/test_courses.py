@@ -4,15 +4,18 @@ What is kept, and when, is worked out here again, with loops over the dense mode
 own queries and keys.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tests.dense import Cut, DenseLlama
 from tests.engine.conftest import (
     BLOCK,
+    Recording,
     engine,
     free_blocks,
     generate,
@@ -26,6 +29,7 @@ from vllm_kvcompress.methods.base import Layer, Scorer
 from vllm_kvcompress.ops.select import select
 
 SNAPKV = {"method": "snapkv", "window": 16}
+ADA = {"method": "ada_snapkv", "window": 16, "floor": 0.0, "layers_per_tier": 1}
 COURSES: dict[str, dict[str, Any]] = {
     "decode": {**SNAPKV, "budget": 128, "decode": {"interval": 48}},
     "decode alone": {
@@ -43,6 +47,14 @@ COURSES: dict[str, dict[str, Any]] = {
     },
     "incremental": {
         **SNAPKV,
+        "budget": 128,
+        "prefill": "incremental",
+        "prefill_interval": 96,
+        "decode": {"interval": 48, "budget": 96},
+    },
+    "heads": {**ADA, "budget": 160, "decode": {"interval": 48}},
+    "heads, incremental": {
+        **ADA,
         "budget": 128,
         "prefill": "incremental",
         "prefill_interval": 96,
@@ -67,14 +79,16 @@ def dues(settings: dict[str, Any], length: int) -> list[int]:
     return found
 
 
-def cuts(settings: dict[str, Any], length: int) -> tuple[dict[int, Cut], list[int]]:
+def cuts(
+    settings: dict[str, Any], length: int, method: str | None = None
+) -> tuple[dict[int, Cut], list[int]]:
     """What is lost when, and how many tokens a layer then holds at the end."""
     config = KVCompressionConfig.from_dict(settings)
     tiers = config.tiers(LAYERS)
     found: dict[int, Cut] = {}
     shift = [0] * LAYERS
     for due in dues(settings, length):
-        stage = "decode" if due > length else config.method
+        stage = "decode" if due > length else method or config.method
         budgets = config.tier_budgets(stage, tiers, length, BLOCK)
         keep: list[int | None] = []
         for layer in range(LAYERS):
@@ -90,28 +104,48 @@ def cuts(settings: dict[str, Any], length: int) -> tuple[dict[int, Cut], list[in
 
 
 def _cut(scorer: Scorer, keep: list[int | None], due: int) -> Cut:
-    def cut(layer: int, queries: Any, keys: Any, values: Any) -> torch.Tensor:
-        held = keys.shape[1]
-        everything = torch.arange(held).expand(keys.shape[0], -1)
+    def cut(layer: int, queries: Any, keys: Any, values: Any) -> list[torch.Tensor]:
         count = keep[layer]
         if count is None:
-            return everything
+            return [torch.arange(len(own)) for own in keys]
         window = queries[due - scorer.needs_queries : due]
-        scores = scorer.score(window, keys, values, Layer(layer, keys.shape[2] ** -0.5))
-        whole = held // BLOCK * BLOCK
-        return torch.cat([select(scores[:, :whole], count), everything[:, whole:]], 1)
+        rated = Layer(layer, keys[0].shape[1] ** -0.5)
+        # The same number behind the whole blocks of every head.
+        tail = len(keys[0]) % BLOCK
+        scores = [
+            scorer.score(part, own[None], None, rated)[0, : len(own) - tail]
+            for part, own in zip(window.chunk(len(keys), 1), keys, strict=True)
+        ]
+        counts = [count] * len(keys)
+        if scorer.uneven:
+            padded = pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+            shares = scorer.head_shares([padded], count * len(keys) // BLOCK, BLOCK)
+            counts = [share * BLOCK for share in shares]
+        return [
+            torch.cat(
+                [select(own[None], best)[0], torch.arange(len(own), len(own) + tail)]
+            )
+            for own, best in zip(scores, counts, strict=True)
+        ]
 
     return cut
 
 
-@pytest.fixture(scope="module")
-def dense(llama: Path) -> DenseLlama:
-    return DenseLlama(llama)
+@pytest.fixture
+def model(request: pytest.FixtureRequest, name: str) -> Path:
+    """The model that a course is about."""
+    return request.getfixturevalue("lopsided" if "heads" in name else "llama")
 
 
-def check(dense: DenseLlama, settings: dict[str, Any], length: int, answer: Any) -> int:
+def check(
+    dense: DenseLlama,
+    settings: dict[str, Any],
+    length: int,
+    answer: Any,
+    method: str | None = None,
+) -> int:
     """The answer is the dense model's; returns the compressions behind it."""
-    found, _ = cuts(settings, length)
+    found, _ = cuts(settings, length, method)
     tokens = prompt(length, seed=length) + answer.tokens
     expected = dense.run(tokens, length, found)
     assert float((expected - answer.logprobs).abs().max()) < 5e-4, (length, list(found))
@@ -119,10 +153,12 @@ def check(dense: DenseLlama, settings: dict[str, Any], length: int, answer: Any)
 
 
 @pytest.mark.parametrize("name", COURSES)
-def test_logits_are_the_dense_models(llama: Path, dense: DenseLlama, name: str) -> None:
-    settings = COURSES[name]
+def test_logits_are_the_dense_models(
+    model: Path, recording: Recording, name: str
+) -> None:
+    settings, dense = COURSES[name], DenseLlama(model)
     with engine(
-        llama,
+        model,
         additional_config={"kv_compression": settings},
         max_num_batched_tokens=208,
     ) as llm:
@@ -134,6 +170,8 @@ def test_logits_are_the_dense_models(llama: Path, dense: DenseLlama, name: str) 
     assert counted["compressions"] >= sum(lost) > 0
     freed = sum(shift for n in LENGTHS for shift in tier_shifts(settings, n))
     assert counted["tokens_evicted"] == freed
+    differ = [len({len(head) for head in layer}) > 1 for layer in recording.kept]
+    assert any(differ) == ("heads" in name)
 
 
 def tier_shifts(settings: dict[str, Any], length: int) -> list[int]:
@@ -143,7 +181,7 @@ def tier_shifts(settings: dict[str, Any], length: int) -> list[int]:
     return [shift[tier[0]] for tier in tiers]
 
 
-OVER_TIME = ["decode", "layers, decode", "incremental"]
+OVER_TIME = ["decode", "layers, decode", "incremental", "heads", "heads, incremental"]
 
 
 def held(llm: Any) -> list[int]:
@@ -162,19 +200,19 @@ def held(llm: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("name", OVER_TIME)
-def test_preemption_chunks_and_hits_change_nothing(llama: Path, name: str) -> None:
+def test_preemption_chunks_and_hits_change_nothing(model: Path, name: str) -> None:
     """When and what is lost depends on the request alone."""
     config = {"kv_compression": COURSES[name]}
     prompts = [prompt(n, seed=n) for n in [*LENGTHS, 410, 333]]
-    with engine(llama, additional_config=config, max_num_batched_tokens=512) as llm:
+    with engine(model, additional_config=config, max_num_batched_tokens=512) as llm:
         unhurried = [generate(llm, [each], COUNT)[0] for each in prompts]
         hits = generate(llm, prompts, COUNT)
         assert hits[0].cached > 0
     for mine, theirs in zip(hits, unhurried, strict=True):
         assert mine.near(theirs)
-    blocks = 2 if "layers" in name else 1
+    blocks = len(KVCompressionConfig.from_dict(COURSES[name]).tiers(LAYERS))
     with engine(
-        llama,
+        model,
         additional_config=config,
         max_num_batched_tokens=64,
         max_model_len=640,
@@ -233,3 +271,15 @@ def test_a_request_chooses_its_method(llama: Path) -> None:
         alone = {"kv_compression": {**method, "budget": 128}}
         with engine(llama, additional_config=alone) as llm:
             assert generate(llm, length, 12)[0].near(answer), name
+
+
+def test_uneven_heads_after_an_even_prompt(lopsided: Path) -> None:
+    """Requests that choose an even method meet the server's while generating."""
+    settings = {**COURSES["heads"], "request_methods": ["streamingllm"]}
+    with engine(lopsided, additional_config={"kv_compression": settings}) as llm:
+        prompts = [prompt(n, seed=n) for n in (500, 231)]
+        chosen = {"kv_compression": "streamingllm"}
+        answers = generate(llm, prompts, COUNT, extra_args=chosen)
+    for length, answer in zip((500, 231), answers, strict=True):
+        lost = check(DenseLlama(lopsided), settings, length, answer, "streamingllm")
+        assert lost > 2

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.dense import DenseLlama
 from tests.engine.conftest import (
@@ -15,7 +14,7 @@ from tests.engine.conftest import (
     free_blocks,
     generate,
     prompt,
-    save_llama,
+    save_lopsided,
     scheduler,
 )
 from vllm_kvcompress import stats
@@ -36,15 +35,7 @@ LENGTHS = [500, 90, 231, 640, 335]
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["GQA4", "GQA2"])
 def model(request: Any, tmp_path_factory: Any) -> Path:
-    """A Llama whose first KV head looks everywhere, so that it wants more tokens."""
-    kv_heads = request.param
-    path = save_llama(tmp_path_factory.mktemp("heads"), kv_heads=kv_heads)
-    weights = load_file(path / "model.safetensors")
-    for name, weight in weights.items():
-        if "q_proj" in name:
-            weight[: len(weight) // kv_heads] *= 0.02
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    return save_lopsided(tmp_path_factory.mktemp("heads"), kv_heads=request.param)
 
 
 def visible(dense: DenseLlama, state: Any, tier_size: int) -> list[torch.Tensor] | None:

@@ -26,10 +26,10 @@ LAYERS = 2
 Results = dict[str, Any]
 
 
-def _run(runner: str, model: Path, folder: Path) -> Results:
+def _run(runner: str, model: Path, folder: Path, kind: str = "all") -> Results:
     output = folder / f"{runner}.json"
     done = subprocess.run(
-        [sys.executable, str(CASES), runner, str(model), str(output)],
+        [sys.executable, str(CASES), runner, kind, str(model), str(output)],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -131,9 +131,31 @@ def test_async_scheduling_is_on(results: Results) -> None:
 
 
 def test_triton_attention(llama: Path, tmp_path: Path) -> None:
-    case = _run("triton", llama, tmp_path)["triton"]
+    case = _run("v2", llama, tmp_path, "triton")["triton"]
     assert case["runner"] == RUNNERS["v2"]
     assert case["backends"] == ["Compressed_TRITON_ATTN"]
     for answer in case["all"]:
         assert answer["kept"]
         assert answer["error"] < TOLERANCE, answer["length"]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_uneven_heads(runner: str, lopsided: Path, tmp_path: Path) -> None:
+    """On both runners, tight pools, async scheduling and the GPU's Triton kernels."""
+    cases = _run(runner, lopsided, tmp_path, "uneven")
+    assert ("triton" in cases) == (runner == "v2")
+    for name, case in cases.items():
+        backend = "TRITON_ATTN" if name == "triton" else "CPU_ATTN"
+        assert case["runner"] == RUNNERS[runner]
+        assert case["backends"] == [f"HeadMajorCompressed_{backend}"] * LAYERS
+        assert (case["preempted"] > 0) == (backend == "CPU_ATTN")
+        assert case["clashes"] == 0
+        for answer in case["all"]:
+            assert answer["error"] < TOLERANCE, answer["length"]
+        shares = {
+            tuple(len(head) for head in layer)
+            for answer in case["all"]
+            for layer in answer["kept"]
+        }
+        assert any(len(set(layer)) > 1 for layer in shares)
+    assert cases["tight_async"]["batch_queue"]

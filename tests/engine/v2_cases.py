@@ -17,8 +17,9 @@ from tests.engine import v2_harness  # noqa: E402
 
 del sys.path[0]
 
-WINDOW, BUDGET = 16, 64
-SETTINGS = {"method": "snapkv", "budget": BUDGET, "window": WINDOW, "kernel_size": 5}
+WINDOW = 16
+SETTINGS = {"method": "snapkv", "budget": 64, "window": WINDOW, "kernel_size": 5}
+UNEVEN = {**SETTINGS, "method": "ada_snapkv", "budget": 128, "floor": 0.0}
 LENGTHS = [330, 131, 64, 227, 290]
 COUNT = 40
 TIGHT_POOL = 15
@@ -29,16 +30,17 @@ class Kept:
 
     Attributes:
         of: Request number -> layers in order, ``[kv_heads, tokens]``; a request
-            that is preempted later and compressed again has them twice.
+            that is preempted later and compressed again has them twice. Rows differ
+            in length where KV heads do.
     """
 
     def __init__(self) -> None:
-        from vllm_kvcompress.engine import executor
+        from vllm_kvcompress.engine import executor, uneven
 
         self.of: dict[int, list[list[list[int]]]] = {}
         self._request = 0
         compress = executor.CompressionExecutor._compress
-        select = executor.select
+        select, select_each = executor.select, uneven.select_each
 
         def recording_compress(this: Any, layer: Any, request_id: str, *rest: Any):
             # LLM numbers its requests and adds a random suffix.
@@ -50,8 +52,15 @@ class Kept:
             self.of.setdefault(self._request, []).append(kept.tolist())
             return kept
 
+        def recording_select_each(scores: Any, counts: Any) -> Any:
+            kept = select_each(scores, counts)
+            layer = [head.tolist() for head in kept]
+            self.of.setdefault(self._request, []).append(layer)
+            return kept
+
         executor.CompressionExecutor._compress = recording_compress
         executor.select = recording_select
+        uneven.select_each = recording_select_each
 
 
 class Watch:
@@ -194,18 +203,22 @@ class Cases:
         answers = generate(llm, [prompt(n, seed=n) for n in lengths], count)
         assert free_blocks(llm) == before, "blocks leaked"
         model = DenseLlama(self._model)
+        settings = llm.llm_engine.vllm_config.additional_config
+        budget = settings["kv_compression"]["budget"]
         recorded = iter([layers for _, layers in sorted(self._kept.of.items())])
         results = []
         for length, answer in zip(lengths, answers, strict=True):
             end = length // BLOCK * BLOCK
             kept, visible = [], None
-            if end > (BUDGET - length % BLOCK) // BLOCK * BLOCK:
+            if end > (budget - length % BLOCK) // BLOCK * BLOCK:
                 kept = next(recorded)
                 visible = []
                 for layer in kept[-model.layers :]:
                     mask = torch.ones(model.kv_heads, length, dtype=torch.bool)
                     mask[:, :end] = False
-                    visible.append(mask.scatter(1, torch.tensor(layer), True))
+                    for head, row in enumerate(layer):
+                        mask[head, row] = True
+                    visible.append(mask)
             state = model.prefill(prompt(length, seed=length))
             dense = model.decode(state, answer.tokens, visible)
             results.append(
@@ -250,10 +263,17 @@ class Cases:
             results["straddled"] = self._answers(llm, [131], 8)
             return {**watch.summary(), **results}
 
-    def tight(self, *, async_scheduling: bool) -> dict[str, Any]:
+    def tight(
+        self, *, async_scheduling: bool, settings: dict[str, Any] = SETTINGS
+    ) -> dict[str, Any]:
         """Too few blocks for all: requests are preempted and resume."""
         self._switches.async_scheduling = async_scheduling
-        with self._engine(num_gpu_blocks_override=TIGHT_POOL) as llm:
+        # Where layers differ, each has blocks of its own, and here keeps more.
+        blocks = 26 if settings is UNEVEN else TIGHT_POOL
+        config = {"kv_compression": settings}
+        with self._engine(
+            additional_config=config, num_gpu_blocks_override=blocks
+        ) as llm:
             watch = Watch(llm)
             return {"all": self._answers(llm, LENGTHS), **watch.summary()}
 
@@ -283,19 +303,27 @@ class Cases:
                 **watch.summary(),
             }
 
-    def triton(self) -> dict[str, Any]:
+    def triton(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The GPU's Triton attention kernels, interpreted."""
         self._switches.attention = "TRITON_ATTN"
-        with self._engine(max_num_batched_tokens=128) as llm:
+        config = {"kv_compression": settings}
+        with self._engine(additional_config=config, max_num_batched_tokens=128) as llm:
             watch = Watch(llm)
-            return {"all": self._answers(llm, [131, 96], 4), **watch.summary()}
+            return {"all": self._answers(llm, [231, 192], 4), **watch.summary()}
 
 
-def main(runner: str, model: str, output: str) -> None:
-    """Run the cases of ``v1``, ``v2`` or ``triton`` (V2 on TRITON_ATTN)."""
-    cases = Cases(Path(model), v2_harness.boot(v2=runner != "v1"))
-    if runner == "triton":
-        results = {"triton": cases.triton()}
+def main(runner: str, kind: str, model: str, output: str) -> None:
+    """Run the cases of one kind on ``v1`` or ``v2``."""
+    cases = Cases(Path(model), v2_harness.boot(v2=runner == "v2"))
+    if kind == "triton":
+        results = {"triton": cases.triton(SETTINGS)}
+    elif kind == "uneven":
+        results = {
+            "tight": cases.tight(async_scheduling=False, settings=UNEVEN),
+            "tight_async": cases.tight(async_scheduling=True, settings=UNEVEN),
+        }
+        if runner == "v2":  # which offers Triton
+            results["triton"] = cases.triton(UNEVEN)
     else:
         results = {
             "ample": cases.ample(),

@@ -110,6 +110,24 @@ def test_the_window_holds_a_useless_head() -> None:
     assert head_shares([scores], 20, 16, 0.0) == [2, 18]
 
 
+@few
+@given(
+    blocks=st.lists(st.integers(0, 6), min_size=2, max_size=5),
+    page=st.sampled_from([1, 8]),
+    floor=st.floats(0, 1),
+    data=st.data(),
+)
+def test_no_head_gets_more_than_it_holds(blocks, page, floor, data) -> None:
+    """Rows are filled with -inf where heads hold unequally many tokens."""
+    pages = data.draw(st.integers(0, sum(blocks)))
+    scores = torch.rand(2, len(blocks), max(blocks) * page)
+    for head, count in enumerate(blocks):
+        scores[:, head, count * page :] = -INF
+    shares = head_shares(list(scores), pages, page, floor)
+    assert sum(shares) == pages
+    assert all(share <= held for share, held in zip(shares, blocks, strict=True))
+
+
 def test_layers_count_alike() -> None:
     low, high = torch.rand(32), torch.rand(32) + 1
     scores = [torch.stack([low, high]), torch.stack([high, low])]
@@ -121,9 +139,14 @@ def test_layers_count_alike() -> None:
 @pytest.mark.parametrize(
     ("given_settings", "told"),
     [
-        ({"method": "ada_snapkv", "decode": {}}, ["decode", "ada_snapkv"]),
-        ({"method": "snapkv", "decode": {"method": "ada_snapkv"}}, ["ada_snapkv"]),
-        ({"method": "ada_snapkv", "prefill": "incremental"}, ["prefill='incremental'"]),
+        (
+            {"method": "ada_snapkv", "decode": {"method": "tova"}},
+            ["decode.method=tova", "method=ada_snapkv"],
+        ),
+        (
+            {"method": "snapkv", "decode": {"method": "ada_snapkv"}},
+            ["decode.method=ada_snapkv", "method=snapkv"],
+        ),
         (
             {"method": "snapkv", "request_methods": ["ada_snapkv"]},
             ["request_methods", "ada_snapkv"],

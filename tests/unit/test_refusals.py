@@ -92,18 +92,14 @@ def test_refused(
         assert word in message
 
 
-def test_uneven_heads_need_a_backend_that_was_tried(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    register()
+def _one_layer(backend: str) -> Any:
+    """A configuration of Ada-SnapKV whose model has one layer, on some backend."""
     import torch
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_kvcompress.engine import layers
-
     class Layer(AttentionLayerBase):
-        attn_backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+        attn_backend = SimpleNamespace(get_name=lambda: backend)
 
         def get_attn_backend(self) -> Any:
             return self.attn_backend
@@ -113,13 +109,35 @@ def test_uneven_heads_need_a_backend_that_was_tried(
                 block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32
             )
 
-    monkeypatch.setattr(layers, "_unsupported", lambda layer: None)
     context = SimpleNamespace(static_forward_context={"model.layers.0": Layer()})
-    config: Any = SimpleNamespace(
+    return SimpleNamespace(
         additional_config={"kv_compression": {**SETTINGS, "method": "ada_snapkv"}},
         compilation_config=context,
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout", "words"),
+    [
+        ("FLASHINFER", None, ["FLASHINFER", "--attention-backend", "FLASH_ATTN"]),
+        ("FLASHINFER", "HND", ["FLASHINFER", "--attention-backend"]),
+        ("TRITON_ATTN", "NHD", ["VLLM_KV_CACHE_LAYOUT=NHD", "HND"]),
+    ],
+)
+def test_uneven_heads_need_one_head_pages(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    layout: str | None,
+    words: list[str],
+) -> None:
+    register()
+    from vllm_kvcompress.engine import layers
+
+    monkeypatch.setattr(layers, "_unsupported", lambda layer: None)
+    if layout:
+        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     with pytest.raises(ConfigError) as error:
-        layers.compress_layers(config)
-    for word in ("method=ada_snapkv", "CPU_ATTN", "FLASHINFER"):
+        layers.compress_layers(_one_layer(backend))
+    assert "\n" not in str(error.value)
+    for word in ["method=ada_snapkv", *words]:
         assert word in str(error.value)

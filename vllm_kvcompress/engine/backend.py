@@ -5,7 +5,6 @@ shifts a compressed request's block-table row left and shortens its length; its
 implementation lets the observation window be seen. Kernels stay vLLM's.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from .head_pages import HeadPages, attend_by_head
+from .head_pages import HeadPages
+from .one_head import attend_by_head, one_head_builder, one_head_impl
 from .rows import RowShift
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
@@ -66,7 +66,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 )
             ):
                 metadata = builder_base.build(self._one_head, 0, by_head)
-                metadata.kv_heads = self.num_kv_heads
+                metadata.kv_heads = self.kv_cache_spec.num_kv_heads
                 return metadata
             return super().build(
                 common_prefix_len, common_attn_metadata, *args, **kwargs
@@ -74,11 +74,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
         @functools.cached_property
         def _one_head(self) -> Any:
-            """This builder, for layers of one KV head."""
-            builder = copy.copy(self)
-            builder.num_heads //= builder.num_kv_heads
-            builder.num_kv_heads = 1
-            return builder
+            return one_head_builder(self, base.get_name())
 
         def build_physical(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
             return super().build(0, common_attn_metadata)
@@ -100,7 +96,8 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 window.capture(query)
             forward: Callable[..., Any] = super().forward
             if kv_heads := getattr(attn_metadata, "kv_heads", 0):
-                forward = functools.partial(attend_by_head, forward, kv_heads)
+                one_head = functools.partial(impl_base.forward, self._one_head)
+                forward = functools.partial(attend_by_head, one_head, kv_heads)
             return forward(
                 layer,
                 query,
@@ -112,6 +109,10 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 *args,
                 **kwargs,
             )
+
+        @functools.cached_property
+        def _one_head(self) -> Any:
+            return one_head_impl(self)
 
     derived = subclass_attention_backend_with_overrides(
         _PREFIX,

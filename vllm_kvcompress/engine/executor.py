@@ -16,12 +16,14 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..config import KVCompressionConfig
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
-from .head_pages import HeadPages, keep_by_head
+from .head_pages import HeadPages
 from .layers import rated
 from .layout import kernel_blocks, page_layout
+from .one_head import check_pages
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .spec import CompressedAttentionSpec
+from .uneven import HeldLayer, keep_by_head
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
 ReadRow = Callable[[int, str, int, int], torch.Tensor]
@@ -104,6 +106,9 @@ class CompressionExecutor:
                 else RowShift(max_num_reqs, self._device),
             )
             self._groups[index] = group
+            if uneven:
+                for layer in group.layers:
+                    check_pages(layer.kv_cache)
             if any(scorer.needs_queries for scorer in self._scorers.values()):
                 for layer in group.layers:
                     layer.observation_window = ObservationWindow(self._spans)
@@ -206,9 +211,9 @@ class CompressionExecutor:
         scorer = self._scorers[directive.scorer]
         num_tokens = directive.num_tokens - directive.shift * group.block_size
         candidates = (directive.end_block - directive.shift) * group.block_size
-        private = torch.tensor(directive.destination, dtype=torch.long)
-        private = private.to(self._device, non_blocking=True)
-        by_head: list[tuple[torch.Tensor, Any, Any]] = []
+        named = torch.tensor(directive.destination, dtype=torch.long)
+        private = named.to(self._device, non_blocking=True)
+        by_head: list[HeldLayer] = []
         for layer in group.layers:
             cache, layout = layer.kv_cache, page_layout(layer)
             source = kernel_blocks(row, group.block_size // cache.shape[2])
@@ -216,6 +221,9 @@ class CompressionExecutor:
             queries = values = None
             if scorer.needs_queries:
                 queries = layer.observation_window.take(request_id)
+            if scorer.uneven:  # by what all layers together want
+                by_head.append(HeldLayer(cache, layout, queries, rated(layer)))
+                continue
             if scorer.needs_values:
                 values = layout.values.take(cache, source)[:, :num_tokens]
             scores = scorer.score(
@@ -225,14 +233,20 @@ class CompressionExecutor:
                 rated(layer),
             )
             scores = scores[:, :candidates]
-            if scorer.uneven:  # by what all layers together want
-                by_head.append((scores, cache, layout))
-                continue
             kept = select(scores, len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):
                 half.write(cache, target, half.gather(cache, source, kept))
         if isinstance(group.rows, HeadPages) and by_head:
-            keep_by_head(scorer, by_head, source, target, group.rows, request_id)
+            keep_by_head(
+                scorer,
+                by_head,
+                source,
+                kernel_blocks(named, group.block_size // cache.shape[2]),
+                num_tokens,
+                candidates,
+                group.rows,
+                request_id,
+            )
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""

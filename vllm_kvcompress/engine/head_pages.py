@@ -8,19 +8,12 @@ then read a batch of (KV head, request) pairs, each with one KV head; allocation
 slot mapping know of blocks only. Batches without such a request stay as they are.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..methods.base import Scorer
-from ..ops.select import select_each
-from .layout import PageLayout
 from .rows import RowShift
-
-# The others have never been tried; some lay out blocks token by token.
-BACKENDS = ("CPU_ATTN",)
 
 
 class HeadPages(RowShift):
@@ -43,13 +36,13 @@ class HeadPages(RowShift):
 
         Args:
             request_id: Its private blocks,
-            blocks: ``[count]`` int64, as kernels count them.
+            blocks: ``[count]`` int64 on the CPU, as kernels count them.
             shares: Pages per head, ``count * kv_heads`` in sum.
 
         Returns:
             All pages, ``[count * kv_heads]``, the first head's first.
         """
-        pages = self.pages(blocks, torch.arange(self._kv_heads)).T.flatten()
+        pages = self._of(blocks).T.flatten()
         self._pages[request_id] = pages.split(list(shares))
         self._laid_out = None
         return pages
@@ -60,9 +53,29 @@ class HeadPages(RowShift):
         if self._pages.pop(request_id, None):
             self._laid_out = None
 
-    def pages(self, blocks: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        """``[len(heads), len(blocks)]``: the heads' pages of some blocks."""
-        return blocks * self._kv_heads + heads.to(blocks.device)[:, None]
+    def held(self, request_id: str, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """The pages of every head of a request.
+
+        Args:
+            request_id: The request.
+            blocks: ``[count]`` int64, its blocks, the private ones first.
+
+        Returns:
+            ``[pages]`` int64 of each head.
+        """
+        pages = self._of(blocks)
+        if (dealt := self._pages.get(request_id)) is None:
+            return list(pages)
+        private = sum(map(len, dealt)) // self._kv_heads
+        return [
+            torch.cat([own.to(blocks.device), rest[private:]])
+            for own, rest in zip(dealt, pages, strict=True)
+        ]
+
+    def _of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """``[kv_heads, count]``: all heads' pages of some blocks."""
+        heads = torch.arange(self._kv_heads, device=blocks.device)
+        return blocks * self._kv_heads + heads[:, None]
 
     def by_head(
         self, physical: CommonAttentionMetadata, block_size: int
@@ -82,22 +95,23 @@ class HeadPages(RowShift):
         rows, width = table.shape
         self._lay_out(rows, width, block_size)
         pages = table.expand(heads, -1, -1).gather(2, self._column)
-        pages = pages.mul_(heads).add_(torch.arange(heads).view(-1, 1, 1))
-        starts = physical.query_start_loc_cpu
-        tokens = int(starts[-1])
-        first = torch.arange(heads, dtype=starts.dtype)[:, None] * tokens
-        end = torch.tensor([heads * tokens], dtype=starts.dtype)
-        starts = torch.cat([(first + starts[:-1]).flatten(), end])
-        lens = (physical.seq_lens + self._extra).flatten()
+        first = torch.arange(heads, dtype=table.dtype, device=table.device)
+        pages = pages.mul_(heads).add_(first.view(-1, 1, 1))
         dealt = torch.where(self._own >= 0, self._own, pages)
+        starts = self._starts(physical.query_start_loc_cpu)
+        bound, extra = physical.seq_lens_cpu_upper_bound, self._extra_cpu
+        longest = physical.max_seq_len + int(extra.max())
+        if bound is not None:
+            bound = (bound + extra).flatten()
+            longest = int(bound.max())
         return physical.replace(
-            query_start_loc=starts,
+            query_start_loc=starts.to(table.device, non_blocking=True),
             query_start_loc_cpu=starts,
-            seq_lens=lens,
-            seq_lens_cpu_upper_bound=lens,
-            num_reqs=len(lens),
-            num_actual_tokens=heads * tokens,
-            max_seq_len=int(lens.max()),
+            seq_lens=(physical.seq_lens + self._extra).flatten(),
+            seq_lens_cpu_upper_bound=bound,
+            num_reqs=heads * rows,
+            num_actual_tokens=int(starts[-1]),
+            max_seq_len=longest,
             block_table_tensor=dealt.flatten(0, 1),
             positions=None,
             is_prefilling=None,
@@ -105,6 +119,12 @@ class HeadPages(RowShift):
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
+
+    def _starts(self, starts: torch.Tensor) -> torch.Tensor:
+        """Of ``[rows + 1]`` the same for pairs, ``[kv_heads * rows + 1]``."""
+        tokens = int(starts[-1])
+        ends = torch.arange(self._kv_heads, dtype=starts.dtype)[:, None] * tokens
+        return torch.cat([starts[:1], (ends + starts[1:]).flatten()])
 
     def _lay_out(self, rows: int, width: int, block_size: int) -> None:
         """Bring up to date what depends on the batch's requests alone.
@@ -118,93 +138,18 @@ class HeadPages(RowShift):
             return  # rows change far less often than steps are run
         self._laid_out = wanted
         heads = self._kv_heads
-        self._own = torch.full((heads, rows, width), -1, dtype=torch.int32)
-        self._column = torch.arange(width).repeat(heads, rows, 1)
-        self._extra = torch.zeros(heads, rows, dtype=torch.int32)
+        own_pages = torch.full((heads, rows, width), -1, dtype=torch.int32)
+        column = torch.arange(width).repeat(heads, rows, 1)
+        extra = torch.zeros(heads, rows, dtype=torch.int32)
         for row, request_id in enumerate(self._rows):
             dealt = self._pages.get(request_id, ())
             private = sum(map(len, dealt)) // heads
             for head, own in enumerate(dealt):
-                self._own[head, row, : len(own)] = own
-                self._column[head, row] += private - len(own)
-                self._extra[head, row] = (len(own) - private) * block_size
-        self._column.clamp_(0, width - 1)
-
-
-def keep_by_head(
-    scorer: Scorer,
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor, PageLayout]],
-    source: torch.Tensor,
-    target: torch.Tensor,
-    rows: HeadPages,
-    request_id: str,
-) -> None:
-    """Deal out a request's private blocks by score and fill them.
-
-    Args:
-        scorer: Of a method with uneven heads.
-        layers: Of each the scores ``[kv_heads, candidates]``, the cache, and the
-            order in its pages.
-        source: ``[count]`` int64, the blocks from the first candidate on.
-        target: ``[count]`` int64, the private blocks.
-        rows: Learns which head got which pages.
-        request_id: Whose blocks they are.
-    """
-    _, kv_heads, block_size, _ = layers[0][1].shape
-    all_scores = [scores for scores, _, _ in layers]
-    shares = scorer.head_shares(all_scores, len(target) * kv_heads, block_size)
-    pages = rows.deal(request_id, target, shares)
-    heads = torch.arange(kv_heads)
-    tokens = len(source) * block_size
-    for scores, cache, layout in layers:
-        by_head = select_each(scores, [share * block_size for share in shares])
-        kept = torch.cat([own + head * tokens for head, own in enumerate(by_head)])
-        cache = one_head(cache)
-        found = rows.pages(source, heads).flatten()
-        for half in (layout.keys, layout.values):
-            half.write(cache, pages, half.gather(cache, found, kept[None]))
-
-
-def one_head(kv_cache: torch.Tensor) -> torch.Tensor:
-    """A cache as one-head pages, ``[num_blocks * kv_heads, 1, block_size, ...]``."""
-    return kv_cache.view(-1, 1, *kv_cache.shape[2:])
-
-
-def attend_by_head(
-    forward: Callable[..., Any],
-    kv_heads: int,
-    layer: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: Any,
-    output: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Run a backend's forward over (KV head, request) pairs.
-
-    Args:
-        forward: Of vLLM's implementation.
-        kv_heads: Of the layer.
-        layer: The rest is what vLLM calls it with, but for
-        query: ``[tokens, query_heads, head_size]``,
-        key: not read,
-        value: not read,
-        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``,
-        metadata: of `HeadPages.by_head`, and
-        output: ``[tokens, query_heads, head_size]``, which is filled.
-        *args: Passed on, as
-        **kwargs: are these.
-    """
-    tokens = metadata.num_actual_tokens // kv_heads
-    # Query head h reads KV head h // group.
-    rows = query[:tokens].unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 1)
-    found = torch.empty_like(rows)
-    forward(
-        layer, rows, key, value, one_head(kv_cache), metadata, found, *args, **kwargs
-    )
-    found = found.unflatten(0, (kv_heads, tokens)).transpose(0, 1)
-    output[:tokens].unflatten(1, (kv_heads, -1)).copy_(found)
-    return output
+                own_pages[head, row, : len(own)] = own
+                column[head, row] += private - len(own)
+                extra[head, row] = (len(own) - private) * block_size
+        self._extra_cpu = extra
+        self._own, self._column, self._extra = (
+            tensor.to(self._device, non_blocking=True)
+            for tensor in (own_pages, column.clamp_(0, width - 1), extra)
+        )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -9,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Layer
-from .head_pages import BACKENDS
+from .one_head import BACKENDS, LAYOUT, head_major
 from .spec import CompressedAttentionSpec
 
 
@@ -25,6 +26,8 @@ def compress_layers(vllm_config: VllmConfig) -> None:
     config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
     layers = []
     uneven = any(scorer.uneven for scorer in config.scorers.values())
+    if uneven:
+        _check_layout(config.method)
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in context.items():
         if not isinstance(layer, AttentionLayerBase):
@@ -36,11 +39,14 @@ def compress_layers(vllm_config: VllmConfig) -> None:
                 f"{KEY}: layer {name} uses {reason}, which cannot be compressed "
                 "yet; start without --kv-compression"
             )
-        if uneven and (backend := layer.attn_backend.get_name()) not in BACKENDS:
-            raise ConfigError(
-                f"{KEY}: method={config.method} works with the attention backend "
-                f"{', '.join(BACKENDS)} only, not with {backend}; choose another method"
-            )
+        if uneven:
+            if (backend := layer.attn_backend.get_name()) not in BACKENDS:
+                raise ConfigError(
+                    f"{KEY}: method={config.method} does not work with the attention "
+                    f"backend {backend}; give --attention-backend "
+                    f"{' or '.join(BACKENDS)}, or choose another method"
+                )
+            layer.attn_backend = head_major(layer.attn_backend)
         layers.append(layer)
     if not layers:
         raise ConfigError(
@@ -56,6 +62,15 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             layer.get_kv_cache_spec = _Compressed(
                 layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
             )
+
+
+def _check_layout(method: str) -> None:
+    wanted = envs.VLLM_KV_CACHE_LAYOUT
+    if wanted not in (None, "HND", LAYOUT.name):
+        raise ConfigError(
+            f"{KEY}: method={method} needs the KV cache laid out head by head, not "
+            f"VLLM_KV_CACHE_LAYOUT={wanted}; set it to HND or leave it out"
+        )
 
 
 def rated(layer: Any) -> Layer:

@@ -93,7 +93,8 @@ class Scorer(BaseModel):
         """Deal out what neighbouring layers keep between their KV heads.
 
         Args:
-            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``.
+            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``; ``-inf``
+                fills the rows of heads that hold fewer.
             pages: To be dealt out, of all heads together.
             page_size: Tokens of one page; ``tokens`` is a multiple.
 

@@ -16,7 +16,8 @@ def head_shares(
     of all heads; heads share a tie in proportion. Layers count alike.
 
     Args:
-        scores: Of each layer, ``[kv_heads, tokens]``; protected tokens have ``+inf``.
+        scores: Of each layer, ``[kv_heads, tokens]``; protected tokens have ``+inf``,
+            and ``-inf`` fills the rows of heads that hold fewer.
         pages: Of all heads together.
         page_size: Tokens of a page.
         floor: From 0, all by score, to 1, all alike.
@@ -27,6 +28,7 @@ def head_shares(
     """
     heads = scores[0].shape[0]
     due, least = [0.0] * heads, [0] * heads
+    most = [held // page_size for held in (~scores[0].isneginf()).sum(1).tolist()]
     for layer in scores:
         protected = layer.isposinf().sum(1)
         room = pages * page_size - int(protected.sum())
@@ -36,7 +38,7 @@ def head_shares(
             tokens = held + floor * even + (1 - floor) * best[head]
             due[head] += tokens / page_size / len(scores)
             least[head] = max(least[head], -(-held // page_size))
-    return _rounded(due, least, pages)
+    return _rounded(due, least, most, pages)
 
 
 def _among_the_best(scores: torch.Tensor, count: int) -> list[float]:
@@ -51,15 +53,18 @@ def _among_the_best(scores: torch.Tensor, count: int) -> list[float]:
     return [a + part * e for a, e in zip(above, equal, strict=True)]
 
 
-def _rounded(due: Sequence[float], least: Sequence[int], total: int) -> list[int]:
+def _rounded(
+    due: Sequence[float], least: Sequence[int], most: Sequence[int], total: int
+) -> list[int]:
     """Whole numbers of the sum ``total`` near ``due``: the largest remainders round up.
 
     Of equal remainders the lowest head's does.
     """
-    found = [max(low, math.floor(d)) for d, low in zip(due, least, strict=True)]
     heads = range(len(due))
+    found = [min(max(least[h], math.floor(due[h])), most[h]) for h in heads]
     while sum(found) < total:
-        found[max(heads, key=lambda head: due[head] - found[head])] += 1
+        room = [head for head in heads if found[head] < most[head]]
+        found[max(room, key=lambda head: due[head] - found[head])] += 1
     while sum(found) > total:
         spare = [head for head in heads if found[head] > least[head]]
         found[min(spare, key=lambda head: due[head] - found[head])] -= 1

@@ -22,6 +22,8 @@ def pool(scores: torch.Tensor, *, kernel_size: int, pooling: Pooling) -> torch.T
     Returns:
         ``[kv_heads, tokens]`` float32.
     """
+    if scores.shape[1] == 0:
+        return scores  # which torch refuses
     pad = kernel_size // 2
     if pooling == "max":
         return functional.max_pool1d(scores[None], kernel_size, 1, pad)[0]

@@ -1,0 +1,102 @@
+"""Compression of a request whose KV heads keep unequally many tokens.
+
+The first time all heads hold the same number of tokens, later each its own, and is
+then scored alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..methods.base import Layer, Scorer
+from ..ops.select import select_each
+from .head_pages import HeadPages
+from .layout import Elements, PageLayout
+from .one_head import one_head
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """What a request holds in one layer.
+
+    Attributes:
+        cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+        layout: The order in its pages.
+        queries: ``[window, query_heads, head_size]``, None if not needed.
+        rated: What the scorer may know.
+    """
+
+    cache: torch.Tensor
+    layout: PageLayout
+    queries: torch.Tensor | None
+    rated: Layer
+
+
+def keep_by_head(
+    scorer: Scorer,
+    layers: Sequence[HeldLayer],
+    source: torch.Tensor,
+    target: torch.Tensor,
+    num_tokens: int,
+    candidates: int,
+    rows: HeadPages,
+    request_id: str,
+) -> None:
+    """Deal out a request's new private blocks by score and fill them.
+
+    Args:
+        scorer: Of a method with uneven heads.
+        layers: They get the same shares.
+        source: ``[count]`` int64, the blocks that are held, the private ones first.
+        target: ``[count]`` int64 on the CPU, the new private blocks.
+        num_tokens: Held, in the mean of the heads.
+        candidates: The first of them, whole blocks; the rest stays as it is.
+        rows: Knows which head has which pages, and learns of the new ones.
+        request_id: Whose blocks they are.
+    """
+    _, kv_heads, block_size, _ = layers[0].cache.shape
+    held = rows.held(request_id, source)
+    spare, tail = len(source) * block_size - num_tokens, num_tokens - candidates
+    scores = [_scores(scorer, layer, held, spare, tail) for layer in layers]
+    shares = scorer.head_shares(scores, len(target) * kv_heads, block_size)
+    pages = rows.deal(request_id, target, shares).to(source.device)
+    counts = [share * block_size for share in shares]
+    starts = list(accumulate((len(own) * block_size for own in held), initial=0))
+    for layer, rated in zip(layers, scores, strict=True):
+        best = select_each(rated, counts)
+        kept = torch.cat(
+            [own + start for own, start in zip(best, starts, strict=False)]
+        )
+        cache = one_head(layer.cache)
+        for half in (layer.layout.keys, layer.layout.values):
+            half.write(cache, pages, half.gather(cache, torch.cat(held), kept[None]))
+
+
+def _scores(
+    scorer: Scorer, layer: HeldLayer, held: list[torch.Tensor], spare: int, tail: int
+) -> torch.Tensor:
+    """``[kv_heads, candidates]`` float32, -inf behind those of a head with fewer.
+
+    Heads that hold equally many tokens are scored at once.
+    """
+    cache, found = one_head(layer.cache), list[torch.Tensor]()
+    alike = len({len(own) for own in held}) == 1
+    parts = [held] if alike else [[own] for own in held]
+
+    def take(half: Elements, part: list[torch.Tensor]) -> torch.Tensor:
+        tokens = half.take(cache, torch.cat(part)).unflatten(1, (len(part), -1))[0]
+        return tokens[:, : tokens.shape[1] - spare]
+
+    for index, part in enumerate(parts):
+        queries = values = None
+        if layer.queries is not None:
+            queries = layer.queries.chunk(len(parts), dim=1)[index]
+        if scorer.needs_values:
+            values = take(layer.layout.values, part)
+        keys = take(layer.layout.keys, part)
+        scores = scorer.score(queries, keys, values, layer.rated)
+        found += scores[:, : scores.shape[1] - tail].unbind()
+    return pad_sequence(found, batch_first=True, padding_value=float("-inf"))
