@@ -122,6 +122,16 @@ SEAMS = (
         _LAYER,
         ("vllm_config",),
     ),
+    Seam(
+        "vllm.model_executor.layers.attention:Attention.get_attn_backend",
+        "its answer is replaced on the layer object: a backend on one-head pages",
+        _LAYER,
+    ),
+    Seam(
+        "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts",
+        "overridden: one-head pages are laid out head by head",
+        "a KV cache spec may ask for a layout",
+    ),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
         _V1 + "_update_states",
