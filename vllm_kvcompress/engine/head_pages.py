@@ -142,12 +142,12 @@ class HeadPages(RowShift):
         column = torch.arange(width).repeat(heads, rows, 1)
         extra = torch.zeros(heads, rows, dtype=torch.int32)
         for row, request_id in enumerate(self._rows):
-            dealt = self._pages.get(request_id, ())
-            private = sum(map(len, dealt)) // heads
-            for head, own in enumerate(dealt):
-                own_pages[head, row, : len(own)] = own
-                column[head, row] += private - len(own)
-                extra[head, row] = (len(own) - private) * block_size
+            if dealt := self._pages.get(request_id):
+                counts = torch.tensor([[len(own)] for own in dealt])
+                fewer = int(counts.sum()) // heads - counts
+                own_pages[:, row][column[:, row] < counts] = torch.cat(dealt).int()
+                column[:, row] += fewer
+                extra[:, row] = -fewer[:, 0] * block_size
         self._extra_cpu = extra
         self._own, self._column, self._extra = (
             tensor.to(self._device, non_blocking=True)
