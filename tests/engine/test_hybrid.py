@@ -51,9 +51,10 @@ def hybrid(tmp_path_factory: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def llm(hybrid: Path) -> Iterator[Any]:
-    with engine(hybrid, additional_config={"kv_compression": SETTINGS}) as e:
+@pytest.fixture(scope="module", params=["snapkv", "ada_snapkv"])
+def llm(request: Any, hybrid: Path) -> Iterator[Any]:
+    settings = {**SETTINGS, "method": request.param}
+    with engine(hybrid, additional_config={"kv_compression": settings}) as e:
         yield e
 
 
