@@ -22,11 +22,14 @@ class Fit:
         end_block: Logical blocks ``[0, end_block)`` are replaced.
         kept_blocks: Private blocks that replace them.
         tail_tokens: Tokens behind them, kept as they are.
+        candidates: ``(first, end)`` of the tokens of which some go, None = of all in
+            replaced blocks. Whole blocks in front stay, and count as kept.
     """
 
     end_block: int
     kept_blocks: int
     tail_tokens: int
+    candidates: tuple[int, int] | None = None
 
     @property
     def freed_blocks(self) -> int:
@@ -43,6 +46,23 @@ def fit(num_tokens: int, budget: int, block_size: int) -> Fit:
     """Lay a prompt of ``num_tokens`` into at most ``budget`` tokens per KV head."""
     end_block, tail = divmod(num_tokens, block_size)
     return Fit(end_block, min(end_block, max(0, budget - tail) // block_size), tail)
+
+
+def shed(held: int, first: int, end: int, blocks: int, block_size: int) -> Fit:
+    """Lay out ``held`` tokens after some of ``[first, end)`` have gone.
+
+    Args:
+        held: Tokens per KV head.
+        first: First token that may go.
+        end: Behind the last one.
+        blocks: How many blocks of tokens go, if there are as many candidates.
+        block_size: Tokens per KV block.
+    """
+    end_block = min(-(-end // block_size), held // block_size)
+    end = min(end, end_block * block_size)
+    blocks = max(0, min(blocks, (end - first) // block_size))
+    tail = held - end_block * block_size
+    return Fit(end_block, end_block - blocks, tail, (first, end))
 
 
 def smallest_budget(block_size: int, always_kept: int) -> int:
