@@ -119,6 +119,40 @@ def tiers(num_layers: int, layers_per_tier: int | None) -> list[Tier]:
     ]
 
 
+def whole_block_budgets(
+    layer_lengths: Sequence[int],
+    tiers: Sequence[Tier],
+    num_tokens: int,
+    least: int,
+    block_size: int,
+) -> dict[Tier, int]:
+    """Round lengths that never rise with depth to blocks, and neither do these.
+
+    All layers together hold what was meant, to the nearest block (largest remainders
+    are rounded up), unless ``least`` asks for more.
+
+    Args:
+        layer_lengths: In tokens per KV head, the lowest layer first.
+        tiers: Which layers share a budget; all of one size.
+        num_tokens: Length of the prompt, whose tail stays in any case.
+        least: Tokens that every layer holds.
+        block_size: Tokens per KV block.
+    """
+    end_block, tail = divmod(num_tokens, block_size)
+    unit = block_size * len(tiers[0])
+    meant = [sum(layer_lengths[layer] - tail for layer in tier) for tier in tiers]
+    blocks = [tokens // unit for tokens in meant]
+    missing = (sum(meant) + unit // 2) // unit - sum(blocks)
+    remainders = sorted(range(len(tiers)), key=lambda i: -(meant[i] % unit))
+    for number in remainders[:missing]:
+        blocks[number] += 1
+    fewest = min(end_block, -(-(least - tail) // block_size))
+    return {
+        tier: max(count, fewest) * block_size + tail
+        for tier, count in zip(tiers, blocks, strict=True)
+    }
+
+
 def tier_budgets(
     layer_budgets: Sequence[int], tiers: Sequence[Tier], least: int
 ) -> dict[Tier, int]:

@@ -4,13 +4,19 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 ``additional_config={"kv_compression": {"method": "snapkv", "budget": 2048}}``
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from .budget import Tier, prompt_budget, smallest_budget, tier_budgets, tiers
+from .budget import (
+    Tier,
+    prompt_budget,
+    smallest_budget,
+    tier_budgets,
+    tiers,
+    whole_block_budgets,
+)
 from .methods.base import Scorer
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
@@ -345,9 +351,8 @@ class KVCompressionConfig(BaseModel):
             budget = self.prompt_budget(num_tokens, block_size, requested)
             by_layer = method.layer_budgets(num_tokens, budget, layers)
         if method.owns_budget:
-            up = block_size - 1  # so that whole blocks hold no less
-            means = {tier: sum(by_layer[i] for i in tier) / len(tier) for tier in tiers}
-            return {tier: math.ceil(mean) + up for tier, mean in means.items()}
+            least = method.queries_wanted(num_tokens) + method.always_kept
+            return whole_block_budgets(by_layer, tiers, num_tokens, least, block_size)
         if requested is not None:
             by_layer = [min(budget, requested) for budget in by_layer]
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))

@@ -74,5 +74,5 @@ def test_two_workers_answer_as_one(llama: Path, tmp_path: Path, method: str) -> 
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     alone, shared = (_run(script, llama, size, settings) for size in (1, 2))
-    assert alone[1] >= 3
+    assert alone[1] > 1
     assert shared == alone

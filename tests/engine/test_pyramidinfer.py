@@ -40,17 +40,18 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def entering(settings: dict[str, Any], length: int) -> list[int]:
-    """Tokens that enter each layer: the schedule's, rounded up to whole blocks."""
+    """Tokens that enter each layer: the schedule's, in sum to the nearest block."""
     scorer = KVCompressionConfig.from_dict(settings).scorer
     recent = 1 + int(0.2 * length)
     least = min(16, length - recent)
-    wanted, found = length, [length]
+    wanted = [length]
     for _ in range(LAYERS - 1):
-        context = int((wanted - recent) * scorer.decay_ratio)
-        wanted = context + recent if context > least else wanted
-        missing = -(wanted - length) // BLOCK * BLOCK
-        found.append(length - missing)
-    return found[:: settings["layers_per_tier"]]
+        context = int((wanted[-1] - recent) * scorer.decay_ratio)
+        wanted.append(context + recent if context > least else wanted[-1])
+    held = [length % BLOCK] * LAYERS
+    while sum(wanted) - sum(held) >= BLOCK // 2:
+        held[max(range(LAYERS), key=lambda layer: wanted[layer] - held[layer])] += BLOCK
+    return held
 
 
 def choice(settings: dict[str, Any], length: int) -> Choice:

@@ -68,7 +68,7 @@ class Scorer(BaseModel):
     def owns_budget(self) -> bool:
         """Whether `layer_budgets` follow from the method's own parameters.
 
-        They then never rise with depth, and are rounded up to whole blocks.
+        They then never rise with depth, see `budget.whole_block_budgets`.
         """
         return False
 
