@@ -4,8 +4,9 @@
 
 INPUT holds ``queries`` ``[tokens, query_heads, head_size]`` and ``keys``
 ``[kv_heads, tokens, head_size]``, both rotated, and ``presses``: JSON, a list of
-``[class name, arguments, layer, layers]``. OUTPUT holds for each of them, under its
-number, the kept positions ``[kv_heads, kept]`` in ascending order.
+``[class name, arguments, layer, layers]``; an argument ``press`` is itself a class name
+with arguments. OUTPUT holds for each of them, under its number, the kept positions
+``[kv_heads, kept]`` in ascending order, those that a press only masks as -1.
 
 A press computes queries out of hidden states and rotates them. Here hidden states are
 the queries, and projection and rotation the identity. Values are positions, so that the
@@ -43,8 +44,13 @@ def main() -> None:
                 num_attention_heads=query_heads,
                 num_key_value_heads=keys.shape[1],
                 num_hidden_layers=layers,
+                _attn_implementation="sdpa",
             ),
+            masked_key_indices=None,
         )
+        if "press" in arguments:
+            inner, inner_arguments = arguments["press"]
+            arguments["press"] = getattr(kvpress, inner)(**inner_arguments)
         press = getattr(kvpress, name)(**arguments)
         _, left = press.compress(
             module,
@@ -54,7 +60,11 @@ def main() -> None:
             None,
             {"position_embeddings": (cos, torch.zeros_like(cos))},
         )
-        kept[str(number)] = left[0, :, :, 0].long().sort(-1).values.numpy()
+        left = left[0, :, :, 0].long()
+        if module.masked_key_indices is not None:
+            _, heads, masked = module.masked_key_indices
+            left[heads, masked] = -1
+        kept[str(number)] = left.sort(-1).values.numpy()
     np.savez(target, **kept)
 
 

@@ -18,6 +18,8 @@ Where we differ on purpose, and how the comparison deals with it:
 | attention | float32 softmax, then the model's dtype | float32 | in float32 |
 | soft cap, scale | none, `head_size ** -0.5` | the model's | none, `head_size ** -0.5` |
 | equal scores | whichever topk takes | the lowest position | none are equal |
+| Ada-SnapKV's floor | each head's best `alpha_safeguard` of the even share | mixed: that part evenly, the rest by score, as the authors' code does | 0: the same |
+| Ada-SnapKV's shares | tokens, masked | whole pages, freed | pages of one token |
 | random | one generator for all layers | one per layer, seeded | not compared |
 | R-KV | not in kvpress | | not compared |
 """  # noqa: E501
@@ -32,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_kvcompress.methods.ada_snapkv import AdaSnapKV
 from vllm_kvcompress.methods.base import Layer, Scorer
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
@@ -39,7 +42,7 @@ from vllm_kvcompress.methods.pyramidkv import PyramidKV
 from vllm_kvcompress.methods.snapkv import SnapKV
 from vllm_kvcompress.methods.streamingllm import StreamingLLM
 from vllm_kvcompress.methods.tova import TOVA
-from vllm_kvcompress.ops.select import select
+from vllm_kvcompress.ops.select import select, select_each
 
 PYTHON = os.environ.get("KVCOMPRESS_KVPRESS_PYTHON")
 SCRIPT = Path(__file__).with_name("scores.py")
@@ -108,6 +111,24 @@ def test_same_tokens(group: int, seed: int, tmp_path: Path) -> None:
         window = scorer.needs_queries
         scores = scorer.score(queries[-window:] if window else None, keys, None, layer)
         assert torch.equal(select(scores, kept.shape[1]), kept), press
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_same_tokens_of_uneven_heads(ratio: float, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(KV_HEADS, TOKENS, HEAD_SIZE, generator=generator)
+    keys[0] *= 2  # looks at fewer tokens
+    queries = torch.randn(TOKENS, 4 * KV_HEADS, HEAD_SIZE, generator=generator)
+    inner = {"compression_ratio": ratio, "window_size": 8, "kernel_size": 5}
+    press = {"press": ["SnapKVPress", inner], "alpha_safeguard": 0.0}
+    (theirs,) = kvpress_keeps(tmp_path, queries, keys, [["AdaKVPress", press, 0, 1]])
+    scorer = AdaSnapKV(window=8, kernel_size=5, pooling="avg", floor=0.0)
+    scores = scorer.score(queries[-8:], keys, None, Layer(0, HEAD_SIZE**-0.5))
+    kept = [row[row >= 0] for row in theirs]
+    shares = scorer.head_shares([scores], sum(map(len, kept)), 1)
+    assert shares == [len(row) for row in kept] and len(set(shares)) > 1
+    for ours, row in zip(select_each(scores, shares), kept, strict=True):
+        assert torch.equal(ours, row)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,17 @@ def test_settings_that_keep_everything_are_skipped():
     )
 
 
+def test_common_settings_are_for_all_methods_that_take_them() -> None:
+    common = {"layer_budgets": [64, 96]}
+    made = plan(["pyramidinfer", "knorm"], [128], **SIZES, common=common)
+    assert [arm.method for arm in made.arms] == ["stock"]
+    assert len(made.skipped) == 4 and "layer_budgets" in made.skipped[-1]
+    common = {"decode": {"interval": 64}}
+    stock, arm = plan(["knorm"], [128], **SIZES, common=common).arms
+    assert stock.common == {} and arm.label == "knorm budget=128"
+    assert arm.settings == {"method": "knorm", "budget": 128, **common}
+
+
 @pytest.mark.parametrize(
     ("settings", "prompt_len", "kept"),
     [
@@ -90,7 +101,7 @@ def test_settings_that_keep_everything_are_skipped():
         ({"method": "snapkv", "budget": 250}, 1024, 224),  # whole blocks only
         ({"method": "snapkv", "budget": 256}, 1025, 225),  # and the tail of 1
         ({"method": "pyramidkv", "budget": 256}, 1024, (448 + 32) / 2),
-        ({"method": "pyramidinfer", "decay_ratio": 0.5}, 1024, (1024 + 640) / 2),
+        ({"method": "pyramidinfer", "decay_ratio": 0.5}, 1024, (1024 + 608) / 2),
     ],
     ids=str,
 )

@@ -7,13 +7,15 @@ then scored alone.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..methods.base import Layer, Scorer
+from ..methods.base import Scorer
 from ..ops.select import select_each
 from .head_pages import HeadPages
+from .layers import rate
 from .layout import Elements, PageLayout
 from .one_head import one_head
 
@@ -23,16 +25,19 @@ class HeldLayer:
     """What a request holds in one layer.
 
     Attributes:
-        cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+        layer: vLLM's.
         layout: The order in its pages.
         queries: ``[window, query_heads, head_size]``, None if not needed.
-        rated: What the scorer may know.
     """
 
-    cache: torch.Tensor
+    layer: Any
     layout: PageLayout
     queries: torch.Tensor | None
-    rated: Layer
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """``[num_blocks, kv_heads, block_size, 2 * head_size]``."""
+        return self.layer.kv_cache
 
 
 def keep_by_head(
@@ -97,6 +102,6 @@ def _scores(
         if scorer.needs_values:
             values = take(layer.layout.values, part)
         keys = take(layer.layout.keys, part)
-        scores = scorer.score(queries, keys, values, layer.rated)
+        scores = rate(scorer, layer.layer, queries, keys, values)
         found += scores[:, : scores.shape[1] - tail].unbind()
     return pad_sequence(found, batch_first=True, padding_value=float("-inf"))

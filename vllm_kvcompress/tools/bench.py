@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="small",
         help="a checkpoint, or a random-weight Llama of ours: small (default, GQA, "
-        "2 layers) or wide (8 layers with 16 KV heads, bound by its weights)",
+        "2 layers), wide (8 layers with 16 KV heads, bound by its weights) or deep "
+        "(40 layers with 8 KV heads, a narrow Llama-2-13B)",
     )
     add(
         "--prompt-len",
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", default="{}", help="more settings of the method, as JSON")
     add(
         "--engine",
-        type=_json_object,
+        type=json_object,
         default={},
         help="keywords of LLM for all arms, as JSON, such as '{\"block_size\": 32}'",
     )
@@ -67,7 +68,7 @@ def positive(text: str) -> int:
     return value
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """Parse a JSON object."""
     if not isinstance(value := json.loads(text), dict):
         raise argparse.ArgumentTypeError(f"{text} is not a JSON object")

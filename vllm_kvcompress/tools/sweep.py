@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import positive
+from .bench import json_object, positive
 from .errors import ToolError
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=budget_list,
         default=BUDGETS,
         help="tokens kept per KV head and layer (default %(default)s)",
+    )
+    add(
+        "--config",
+        type=json_object,
+        default={},
+        help="more settings for all methods, as JSON, such as "
+        '\'{"prefill": "incremental", "decode": {"interval": 128}}\'',
     )
     numbers = {
         "--prompt-len": (4096, "tokens of each prompt"),
@@ -155,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
         prompt_len=args.prompt_len,
         block_size=args.block_size,
         layers=task.model.about["layers"],
+        common=args.config,
     )
     _check_files(args)
     console, notes = Console(), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -168,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
             "requests": args.requests,
             "needles": NEEDLES,
             "block_size": args.block_size,
+            "config": args.config,
             "model": task.model.about,
         },
         "environment": environment(),

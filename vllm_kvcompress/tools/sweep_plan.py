@@ -1,7 +1,8 @@
 """Which arms a sweep runs, and how much of a prompt each of them keeps."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from ..budget import fit
@@ -24,23 +25,29 @@ class Arm:
         budget: As given; None where there is none.
         parameters: Of the method, as given.
         kept_tokens: How many tokens of a prompt stay, in the mean of all layers.
+        common: More settings, which all arms but stock have.
     """
 
     method: str
     budget: int | None
     parameters: dict[str, Any]
     kept_tokens: float
+    common: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What users write as ``kv_compression``."""
+        return {"method": self.method, **self._own, **self.common}
+
+    @property
+    def _own(self) -> dict[str, Any]:
         budget = {} if self.budget is None else {"budget": self.budget}
-        return {"method": self.method, **budget, **self.parameters}
+        return {**budget, **self.parameters}
 
     @property
     def label(self) -> str:
         """The arm in a few words."""
-        pairs = list(self.settings.items())[1:]
+        pairs = self._own.items()
         return " ".join([self.method, *(f"{key}={value}" for key, value in pairs)])
 
 
@@ -64,6 +71,7 @@ def plan(
     prompt_len: int,
     block_size: int,
     layers: int,
+    common: Mapping[str, Any] = MappingProxyType({}),
 ) -> Plan:
     """Lay out a sweep.
 
@@ -73,6 +81,7 @@ def plan(
         prompt_len: Length of all prompts.
         block_size: Tokens per KV block.
         layers: Of the model.
+        common: Settings for all methods; those that refuse them are skipped.
 
     Raises:
         ToolError: The plugin refuses a method, or a budget holds a whole prompt.
@@ -96,10 +105,16 @@ def plan(
                     f"of {block_size} tokens; skipped: {', '.join(small)}"
                 )
         for budget, parameters in choices:
-            arm = Arm(method, budget, parameters, 0)
-            kept = kept_tokens(arm.settings, prompt_len, block_size, layers)
+            arm = Arm(method, budget, parameters, 0, dict(common))
+            try:
+                kept = kept_tokens(arm.settings, prompt_len, block_size, layers)
+            except ToolError as refusal:
+                if not common:
+                    raise
+                made.skipped.append(f"{arm.label} is skipped: {refusal}")
+                continue
             if kept < prompt_len:
-                made.arms.append(Arm(method, budget, parameters, kept))
+                made.arms.append(replace(arm, kept_tokens=kept))
             else:
                 made.skipped.append(f"{arm.label} keeps whole prompts; skipped")
     return made
