@@ -135,8 +135,8 @@ class KVCompressionConfig(BaseModel):
                 )
             if self.scorer.owns_budget and not scorer.owns_budget:
                 return (
-                    f"request_methods may not hold {name}, for which "
-                    f"method={self.method} leaves no budget; make it the server's method"
+                    f"request_methods may not hold {name}, for which {self.method} "
+                    "leaves no budget; make it the server's method"
                 )
         intervals = {}
         if self.decode:
