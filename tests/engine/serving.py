@@ -58,6 +58,8 @@ SERVERS = {
 ENGINE = {"max_num_batched_tokens": 8192, "max_num_seqs": 32, "max_model_len": 512}
 # Room for all of the longest prompt beside decodes: with less, nothing can be pruned.
 STEP = max(LENGTHS) + 32
+# Blocks of a KV cache group: a few more than the longest request needs.
+SPACE = 3 + -(-(max(LENGTHS) + COUNT) // BLOCK)
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,8 @@ def ask(llm: Any, asked: Sequence[Request], **params: Any) -> list[Answer]:
 def little_space(llm: Any, asked: Sequence[Request]) -> Iterator[None]:
     """Leave hardly more blocks, and tokens per step, than the longest one needs."""
     pool = scheduler(llm).kv_cache_manager.block_pool
-    need = 1 + -(-(max(LENGTHS) + COUNT) // BLOCK)
-    needs = need * len(asked[0].config.tiers(LAYERS))
-    taken = pool.get_new_blocks(free_blocks(llm) - needs)
+    groups = len(asked[0].config.tiers(LAYERS))
+    taken = pool.get_new_blocks(free_blocks(llm) - SPACE * groups)
     try:
         with chunks(llm, STEP):
             yield

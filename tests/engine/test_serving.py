@@ -1,14 +1,16 @@
 """Every method is served alike: what a request gets depends on the request alone.
 
-Servers and requests are in `serving`; `test_v2` has them with asynchronous scheduling
-and on the V2 runner.
+Servers and requests are in `serving`, which asks for every method of the matrix.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.conftest import (
     Answer,
@@ -24,12 +26,18 @@ from tests.engine.serving import (
     ENTRIES,
     SERVERS,
     STEP,
+    UNEVEN,
     Request,
     ask,
     little_space,
     requests,
 )
+from tests.engine.test_v2 import RUNNERS
 from vllm_kvcompress import stats
+
+CASES = Path(__file__).with_name("serving_cases.py")
+ON_V2 = [name for name in SERVERS if name not in UNEVEN]
+
 
 @pytest.fixture(scope="module", params=SERVERS)
 def name(request: pytest.FixtureRequest) -> str:
@@ -156,3 +164,39 @@ def test_streams_and_aborts(
         assert tokens == theirs.tokens[: len(tokens)]
         whole += len(tokens) == COUNT
     assert 0 < whole < len(asked)
+
+
+@pytest.fixture(scope="session", params=RUNNERS)
+def asynchronous(
+    llama: Path, request: pytest.FixtureRequest, tmp_path_factory: Any
+) -> dict[str, Any]:
+    """What a runner answers in little space, by server."""
+    runner = request.param
+    output = tmp_path_factory.mktemp(runner) / "answers.pt"
+    names = ON_V2 if runner == "v2" else [*SERVERS]
+    done = subprocess.run(
+        [sys.executable, str(CASES), runner, str(llama), str(output), *names],
+        cwd=output.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = torch.load(output)
+    assert {case["runner"] for case in found.values()} == {RUNNERS[runner]}
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_asynchronous_scheduling_and_both_runners(
+    asynchronous: dict[str, Any], name: str, asked: list[Request], alone: list[Answer]
+) -> None:
+    if name not in asynchronous:
+        pytest.skip("not on V2")
+    case = asynchronous[name]
+    assert case["scheduler"] == "CompressedAsyncScheduler"
+    check(asked, [Answer(**answer) for answer in case["answers"]], alone)
+    assert case["undone"]
+    expected = sum(request.compressions for request in asked) + sum(case["undone"])
+    assert case["compressions"] == expected
+    assert case["leaked"] == 0
