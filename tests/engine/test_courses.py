@@ -48,6 +48,25 @@ COURSES: dict[str, dict[str, Any]] = {
         "prefill_interval": 96,
         "decode": {"interval": 48, "budget": 96},
     },
+    "layers by pyramidkv, decode by tova": {
+        "method": "pyramidkv",
+        "window": 16,
+        "budget": 160,
+        "decode": {"method": "tova", "interval": 32},
+    },
+    "prompt by keydiff, decode by rkv": {
+        "method": "keydiff",
+        "budget": 128,
+        "decode": {"method": "rkv", "interval": 48, "budget": 96},
+    },
+    **{
+        f"decode by {name}": {
+            "method": name,
+            "budget": 128,
+            "decode": {"interval": 48},
+        }
+        for name in ("streamingllm", "tova", "keydiff", "knorm", "rkv", "random")
+    },
 }
 LENGTHS = [500, 90, 231, 96]
 COUNT = 100
@@ -188,8 +207,11 @@ def test_preemption_chunks_and_hits_change_nothing(llama: Path, name: str) -> No
         assert mine.near(theirs)
 
 
-def test_a_generation_of_any_length_holds_bounded_memory(llama: Path) -> None:
-    settings = COURSES["decode"]
+@pytest.mark.parametrize("name", ["decode", "decode by keydiff", "decode by rkv"])
+def test_a_generation_of_any_length_holds_bounded_memory(
+    llama: Path, name: str
+) -> None:
+    settings = COURSES[name]
     with engine(llama, additional_config={"kv_compression": settings}) as llm:
         most = held(llm)
         generate(llm, [prompt(40)], 900)
