@@ -11,22 +11,37 @@ Tensor = torch.Tensor
 # layer, its queries [tokens, query_heads, head_size] and keys [kv_heads, tokens,
 # head_size] -> which of these tokens enter the next layer, ascending.
 Choice = Callable[[int, Tensor, Tensor], Tensor]
+# layer, all queries of the generated tokens [tokens, query_heads, head_size], keys
+# [kv_heads, held, head_size] -> which of the held tokens stay, None = all.
+Shed = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 class PrunedLlama(DenseLlama):
     """An ordinary Llama checkpoint, run layer by layer with a cache per layer."""
 
     @torch.inference_mode()
-    def answer(self, prompt: list[int], generated: list[int], choose: Choice) -> Tensor:
+    def answer(
+        self,
+        prompt: list[int],
+        generated: list[int],
+        choose: Choice,
+        shed: Shed | None = None,
+    ) -> Tensor:
         """Log-probabilities of the generated tokens, which are forced.
 
         Returns:
             ``[generated, vocab]``.
         """
         self._cache: list[tuple[Tensor, Tensor]] = []
+        self._queries: list[list[Tensor]] = [[] for _ in range(self.layers)]
         rows = [self._run(prompt, 0, choose)]
         for step, token in enumerate(generated[:-1]):
             rows.append(self._run([token], len(prompt) + step, None))
+            for layer, (keys, values) in enumerate(self._cache if shed else ()):
+                assert shed is not None
+                stay = shed(layer, torch.cat(self._queries[layer]), keys)
+                if stay is not None:
+                    self._cache[layer] = keys[:, stay], values[:, stay]
         return torch.stack(rows)
 
     def held(self) -> list[int]:
@@ -51,6 +66,7 @@ class PrunedLlama(DenseLlama):
                 key = torch.cat([self._cache[layer][0], key], 1)
                 value = torch.cat([self._cache[layer][1], value], 1)
                 self._cache[layer] = key, value
+                self._queries[layer].append(query)
             else:
                 self._cache.append((key, value))
             count, past = len(h), key.shape[1] - len(h)

@@ -106,7 +106,7 @@ class Executor(CompressionExecutor):
         life, index = worker.lives[request_id], layer.group
         end = directive.num_tokens
         if window := self._scorers[directive.scorer].needs_queries:
-            seen = layer.observation_window.take(request_id).tolist()
+            seen = layer.observation_window.of(request_id, window).tolist()
             wanted = [[life.uid, i] for i in range(end - window, end)]
             require(seen == wanted, "observed", seen, "instead of", wanted)
         worker.expect(

@@ -22,11 +22,14 @@ class Fit:
         end_block: Logical blocks ``[0, end_block)`` are replaced.
         kept_blocks: Private blocks that replace them.
         tail_tokens: Tokens behind them, kept as they are.
+        candidates: ``(first, end)`` of the tokens of which some go, None = of all in
+            replaced blocks. Whole blocks in front stay, and count as kept.
     """
 
     end_block: int
     kept_blocks: int
     tail_tokens: int
+    candidates: tuple[int, int] | None = None
 
     @property
     def freed_blocks(self) -> int:
@@ -43,6 +46,23 @@ def fit(num_tokens: int, budget: int, block_size: int) -> Fit:
     """Lay a prompt of ``num_tokens`` into at most ``budget`` tokens per KV head."""
     end_block, tail = divmod(num_tokens, block_size)
     return Fit(end_block, min(end_block, max(0, budget - tail) // block_size), tail)
+
+
+def shed(held: int, first: int, end: int, blocks: int, block_size: int) -> Fit:
+    """Lay out ``held`` tokens after some of ``[first, end)`` have gone.
+
+    Args:
+        held: Tokens per KV head.
+        first: First token that may go.
+        end: Behind the last one.
+        blocks: How many blocks of tokens go, if there are as many candidates.
+        block_size: Tokens per KV block.
+    """
+    end_block = min(-(-end // block_size), held // block_size)
+    end = min(end, end_block * block_size)
+    blocks = max(0, min(blocks, (end - first) // block_size))
+    tail = held - end_block * block_size
+    return Fit(end_block, end_block - blocks, tail, (first, end))
 
 
 def smallest_budget(block_size: int, always_kept: int) -> int:
@@ -97,6 +117,40 @@ def tiers(num_layers: int, layers_per_tier: int | None) -> list[Tier]:
         tuple(range(first, first + layers_per_tier))
         for first in range(0, num_layers, layers_per_tier)
     ]
+
+
+def whole_block_budgets(
+    layer_lengths: Sequence[int],
+    tiers: Sequence[Tier],
+    num_tokens: int,
+    least: int,
+    block_size: int,
+) -> dict[Tier, int]:
+    """Round lengths that never rise with depth to blocks, and neither do these.
+
+    All layers together hold what was meant, to the nearest block (largest remainders
+    are rounded up), unless ``least`` asks for more.
+
+    Args:
+        layer_lengths: In tokens per KV head, the lowest layer first.
+        tiers: Which layers share a budget; all of one size.
+        num_tokens: Length of the prompt, whose tail stays in any case.
+        least: Tokens that every layer holds.
+        block_size: Tokens per KV block.
+    """
+    end_block, tail = divmod(num_tokens, block_size)
+    unit = block_size * len(tiers[0])
+    meant = [sum(layer_lengths[layer] - tail for layer in tier) for tier in tiers]
+    blocks = [tokens // unit for tokens in meant]
+    missing = (sum(meant) + unit // 2) // unit - sum(blocks)
+    remainders = sorted(range(len(tiers)), key=lambda i: -(meant[i] % unit))
+    for number in remainders[:missing]:
+        blocks[number] += 1
+    fewest = min(end_block, -(-(least - tail) // block_size))
+    return {
+        tier: max(count, fewest) * block_size + tail
+        for tier, count in zip(tiers, blocks, strict=True)
+    }
 
 
 def tier_budgets(

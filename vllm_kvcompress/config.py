@@ -4,13 +4,19 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 ``additional_config={"kv_compression": {"method": "snapkv", "budget": 2048}}``
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from .budget import Tier, prompt_budget, smallest_budget, tier_budgets, tiers
+from .budget import (
+    Tier,
+    prompt_budget,
+    smallest_budget,
+    tier_budgets,
+    tiers,
+    whole_block_budgets,
+)
 from .methods.base import Scorer
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
@@ -139,14 +145,21 @@ class KVCompressionConfig(BaseModel):
                     "leaves no budget; make it the server's method"
                 )
         intervals = {}
-        if self.decode:
+        rules = self.decode is not None and self.decode.scorer.generates
+        if self.decode and not rules:
             intervals["decode.interval"] = self.decode.interval
+        elif self.decode and (given := self.decode.model_fields_set - {"scorer"}):
+            return (
+                f"decode.{given.pop()} cannot be given for {self.decode.scorer.name}, "
+                "whose own parameters say when and what; drop it"
+            )
         if self.prefill == "incremental":
             intervals["prefill_interval"] = self.prefill_interval
-            if self.decode is None or self.keep_ratio is not None:
+            if self.decode is None or rules or self.keep_ratio is not None:
                 return (
                     "prefill='incremental' needs a bounded memory: give decode (such "
-                    'as {"interval": 128}) and budget or layer_budgets'
+                    'as {"method": "snapkv", "interval": 128}) and budget or '
+                    "layer_budgets"
                 )
         for key, interval in intervals.items():
             if interval < self.window:
@@ -234,7 +247,9 @@ class KVCompressionConfig(BaseModel):
         if decode := self.decode:
             settings["decode"] = {
                 "method": decode.scorer.name,
-                **decode.model_dump(exclude={"scorer"}, exclude_none=True),
+                **decode.model_dump(
+                    exclude={"scorer"}, exclude_unset=True, exclude_none=True
+                ),
                 **decode.scorer.model_dump(),
             }
         if self.request_methods:
@@ -248,20 +263,34 @@ class KVCompressionConfig(BaseModel):
         """The least budget that this server can work with."""
         return smallest_budget(block_size, self.always_kept)
 
-    def due(self, prompt: int, end: int) -> Iterator[int]:
+    def due(self, method: str, prompt: int, end: int) -> Iterator[tuple[int, str]]:
         """After how many tokens a request is compressed, in ascending order.
 
         Args:
+            method: What compresses its prompt.
             prompt: Length of its prompt.
             end: Tokens that it has in the end; compressing then is of no use.
+
+        Yields:
+            A number of tokens, and which of `scorers` rates them.
         """
+        last = prompt - max(self.window, 1)
         if self.prefill == "incremental":
-            last = prompt - max(self.window, 1)
-            yield from range(self.prefill_interval, last + 1, self.prefill_interval)
-        if prompt < end or self.scorer.prunes:  # then it speeds up the prefill
-            yield prompt
-        if self.decode:
-            yield from range(prompt + self.decode.interval, end, self.decode.interval)
+            for tokens in range(self.prefill_interval, last + 1, self.prefill_interval):
+                yield tokens, method
+        if prompt < end or self.scorers[method].prunes:  # then it speeds up the prefill
+            yield prompt, method
+        generating = DECODE if self.decode else method
+        scorer = self.scorers[generating]
+        if scorer.generates:
+            times: Iterable[int] = scorer.decisions(prompt, end)
+        elif self.decode:
+            interval = self.decode.interval
+            times = range(prompt + interval, end, interval)
+        else:
+            times = ()
+        for tokens in times:
+            yield tokens, generating
 
     def tiers(self, num_layers: int) -> list[Tier]:
         """Layers that share a budget, from the bottom.
@@ -327,9 +356,8 @@ class KVCompressionConfig(BaseModel):
             budget = self.prompt_budget(num_tokens, block_size, requested)
             by_layer = method.layer_budgets(num_tokens, budget, layers)
         if method.owns_budget:
-            up = block_size - 1  # so that whole blocks hold no less
-            means = {tier: sum(by_layer[i] for i in tier) / len(tier) for tier in tiers}
-            return {tier: math.ceil(mean) + up for tier, mean in means.items()}
+            least = method.queries_wanted(num_tokens) + method.always_kept
+            return whole_block_budgets(by_layer, tiers, num_tokens, least, block_size)
         if requested is not None:
             by_layer = [min(budget, requested) for budget in by_layer]
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))

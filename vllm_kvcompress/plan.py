@@ -18,6 +18,10 @@ class Compress:
         destination: ... by these physical blocks, filled with the kept tokens.
         shift: Blocks by which the row has been shifted before: it lacks as many
             logical blocks already.
+        window: Latest queries that the scorer sees.
+        candidates: ``(first, end)`` of the held tokens of which some go, None = of all
+            in replaced blocks. Whole blocks in front stay: they are the first of
+            ``destination``.
         pruned: The tokens are chosen during the forward, and no more are computed.
     """
 
@@ -26,6 +30,8 @@ class Compress:
     end_block: int
     destination: tuple[int, ...]
     shift: int = 0
+    window: int = 0
+    candidates: tuple[int, int] | None = None
     pruned: bool = False
 
     @property
@@ -47,13 +53,14 @@ class StepPlan:
         observe: Request id -> ``(first, end)`` of its tokens in this step that
             belong to an observation window.
         compress: Request id -> KV cache group -> what to do.
-        observed: Requests whose observation windows nobody waits for any more.
+        observed: Request id -> how many of its latest queries a coming compression
+            wants to see again; the others nobody waits for any more.
         skipped: Reason -> requests left uncompressed since the last plan.
     """
 
     observe: dict[str, tuple[int, int]] = field(default_factory=dict)
     compress: dict[str, dict[int, Compress]] = field(default_factory=dict)
-    observed: list[str] = field(default_factory=list)
+    observed: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

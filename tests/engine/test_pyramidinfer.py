@@ -1,5 +1,6 @@
-"""PyramidInfer's pruned prefill, against a dense model that drops the same tokens."""
+"""PyramidInfer against a dense model that drops the same tokens."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from tests.engine.conftest import (
     engine,
     free_blocks,
     generate,
+    preemptions,
     prompt,
     save_llama,
 )
-from tests.pruned import Choice, PrunedLlama
+from tests.pruned import Choice, PrunedLlama, Shed
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer
 from vllm_kvcompress.ops.select import select
 
-SETTINGS = {
+Tensor = torch.Tensor
+SETTINGS: dict[str, Any] = {
     "method": "pyramidinfer",
     "decay_ratio": 0.6,
     "min_context": 16,
@@ -37,17 +40,18 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def entering(settings: dict[str, Any], length: int) -> list[int]:
-    """Tokens that enter each layer: the schedule's, rounded up to whole blocks."""
+    """Tokens that enter each layer: the schedule's, in sum to the nearest block."""
     scorer = KVCompressionConfig.from_dict(settings).scorer
     recent = 1 + int(0.2 * length)
     least = min(16, length - recent)
-    wanted, found = length, [length]
+    wanted = [length]
     for _ in range(LAYERS - 1):
-        context = int((wanted - recent) * scorer.decay_ratio)
-        wanted = context + recent if context > least else wanted
-        missing = -(wanted - length) // BLOCK * BLOCK
-        found.append(length - missing)
-    return found[:: settings["layers_per_tier"]]
+        context = int((wanted[-1] - recent) * scorer.decay_ratio)
+        wanted.append(context + recent if context > least else wanted[-1])
+    held = [length % BLOCK] * LAYERS
+    while sum(wanted) - sum(held) >= BLOCK // 2:
+        held[max(range(LAYERS), key=lambda layer: wanted[layer] - held[layer])] += BLOCK
+    return held
 
 
 def choice(settings: dict[str, Any], length: int) -> Choice:
@@ -94,6 +98,89 @@ def test_prefill_and_decode_are_the_dense_models(deep: Path, compiled: bool) -> 
         length - held for length in LENGTHS for held in entering(SETTINGS, length)
     )
     assert counted["tokens_evicted"] > 0
+
+
+def shedding(length: int, interval: int) -> Shed:
+    """What generated tokens stay, as published, but by whole blocks; with loops."""
+    tokens = [length] * LAYERS
+    lost, decided = [0] * LAYERS, [length] * LAYERS
+
+    def shed(layer: int, queries: Tensor, keys: Tensor) -> Tensor | None:
+        tokens[layer] += 1
+        recent = 1 + int(0.2 * tokens[layer])
+        left = max(0, tokens[layer] - recent - length) // interval
+        share = 0.9 * (1 + math.cos(math.pi * layer / LAYERS)) / 2 + 0.1
+        each = interval - max(1, int(interval * 0.9 * share))
+        go = left * each // BLOCK * BLOCK - lost[layer]
+        if go == 0:
+            return None
+        held = keys.shape[1]
+        missing = tokens[layer] - held
+        votes = torch.zeros(held)
+        heads, group = queries.shape[1], queries.shape[1] // keys.shape[0]
+        for row, query in enumerate(queries[-recent:]):
+            seen = held - recent + row + 1
+            for head in range(heads):
+                logits = keys[head // group, :seen] @ query[head] * 32**-0.5
+                weight = 1 + 0.2 * row / (recent - 1)
+                votes[:seen] += weight * logits.softmax(0) / heads / recent
+        first, end = decided[layer] - missing, held - recent
+        worst = votes[first:end].argsort()[:go] + first
+        lost[layer] += go
+        decided[layer] = end + missing
+        stay = torch.ones(held, dtype=torch.bool)
+        stay[worst] = False
+        return stay.nonzero()[:, 0]
+
+    return shed
+
+
+GENERATED = 330
+
+
+@pytest.mark.parametrize("prune", [True, False], ids=["prune", "keep"])
+def test_generated_tokens_go_as_published(deep: Path, prune: bool) -> None:
+    """A share of every 16 tokens that leave the recent ones, less with depth."""
+    settings = {**SETTINGS, "prune": prune, "decay_ratio": 0.6 if prune else 1.0}
+    lengths = [150, 61]
+    prompts = [prompt(n, seed=n) for n in lengths]
+    config = {"kv_compression": settings}
+    with engine(
+        deep, additional_config=config, max_num_batched_tokens=800, max_num_seqs=8
+    ) as llm:
+        before = free_blocks(llm)
+        answers = generate(llm, prompts, GENERATED)
+        assert free_blocks(llm) == before
+        counted = stats(llm)
+    held = 0
+    for length, answer in zip(lengths, answers, strict=True):
+        dense = PrunedLlama(deep)
+        expected = dense.answer(
+            prompt(length, seed=length),
+            answer.tokens,
+            choice(settings, length),
+            shedding(length, 16),
+        )
+        assert float((expected - answer.logprobs).abs().max()) < 5e-4, length
+        held += sum(dense.held())
+        if not prune:  # nothing but generated tokens is lost, most of it high up
+            assert length + GENERATED - 1 - dense.held()[-1] > GENERATED // 3
+    everything = LAYERS * sum(n + GENERATED - 1 for n in lengths)
+    assert counted["tokens_evicted"] == everything - held
+    with engine(
+        deep,
+        additional_config=config,
+        max_num_batched_tokens=224,
+        max_num_seqs=8,
+        max_model_len=512,
+        num_gpu_blocks_override=72,
+    ) as llm:
+        before, preempted = free_blocks(llm), preemptions(llm)
+        tight = generate(llm, prompts, GENERATED)
+        assert free_blocks(llm) == before
+    assert preempted
+    for mine, theirs in zip(tight, answers, strict=True):
+        assert mine.near(theirs)
 
 
 def test_without_pruning_only_kv_is_dropped(deep: Path) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.matrix import METHODS
-from vllm_kvcompress.budget import fit, smallest_budget
+from vllm_kvcompress.budget import fit, smallest_budget, tiers, whole_block_budgets
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.plan import Counters, StepPlan
 
@@ -51,6 +51,27 @@ def test_prompt_budget(settings: dict) -> None:
         else:
             assert budget == max(int(tokens * config.keep_ratio), smallest)
         assert config.prompt_budget(tokens, 32, requested=smallest) <= budget
+
+
+@given(
+    st.lists(st.integers(0, 900), min_size=6, max_size=6),
+    st.integers(900, 1000),
+    st.sampled_from([1, 2, 3, 6]),
+    st.sampled_from([0, 0, 300]),
+)
+def test_lengths_are_rounded_to_blocks_in_sum(
+    lengths: list[int], tokens: int, size: int, least: int
+) -> None:
+    lengths = sorted((length + tokens % 32 for length in lengths), reverse=True)
+    found = whole_block_budgets(lengths, tiers(6, size), tokens, least, 32)
+    held = list(found.values())
+    assert held == sorted(held, reverse=True)
+    assert all((length - tokens) % 32 == 0 for length in held)
+    assert all(length >= least for length in held)
+    if not least:
+        assert abs(sum(held) * size - sum(lengths)) <= 32 * size / 2
+        for tier, length in found.items():
+            assert abs(length - sum(lengths[i] for i in tier) / size) < 32
 
 
 def test_counters_add_up() -> None:

@@ -24,10 +24,10 @@ from vllm.v1.request import Request
 
 from tests.simulator import Violation, Worker
 from tests.unit.simulation import Run
-from tests.unit.workloads import RUNNERS, Workload, workloads
+from tests.unit.workloads import RUNNERS, Arrival, Workload, workloads
 from vllm_kvcompress import methods
 from vllm_kvcompress.engine.course import Planner
-from vllm_kvcompress.engine.executor import CompressionExecutor
+from vllm_kvcompress.engine.executor import CompressionExecutor, ObservationWindow
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.engine.scheduler import CompressedScheduler
@@ -102,6 +102,23 @@ def test_invariants(runner: str, number: int) -> None:
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_invariants_at_length(runner: str) -> None:
     explore(8000, None, runner=runner)
+
+
+def test_a_prompt_longer_than_the_pool_is_never_starved() -> None:
+    """Shared blocks leave no private ones, and waiting must not fill the pool."""
+    settings = {
+        "method": "streamingllm",
+        "sinks": 0,
+        "budget": 11,
+        "prefill": "incremental",
+        "prefill_interval": 5,
+        "decode": {"interval": 3},
+    }
+    short, long = Arrival(0, 17, 0, 0, 1), Arrival(0, 17, 9, 3, 1)
+    arrivals = [short, long, *[short] * 4]
+    run = Run(Workload(settings, arrivals, chunk=8, max_seqs=3, reserve=False))
+    run.run()
+    assert run.seen["late"] > 0
 
 
 Planted = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -255,7 +272,7 @@ def _read_from_the_start(finish: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_windows(_: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, request_id: None
+    return lambda self, request_id, count: None
 
 
 def _keep_preempted_rows(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -347,8 +364,8 @@ PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         {"decode": True},
     ),
     "windows pile up": (
-        EXECUTOR,
-        "_drop_queries",
+        ObservationWindow,
+        "keep",
         _keep_windows,
         {"layered": True},
     ),

@@ -90,7 +90,7 @@ def test_settings_that_keep_everything_are_skipped():
         ({"method": "snapkv", "budget": 250}, 1024, 224),  # whole blocks only
         ({"method": "snapkv", "budget": 256}, 1025, 225),  # and the tail of 1
         ({"method": "pyramidkv", "budget": 256}, 1024, (448 + 32) / 2),
-        ({"method": "pyramidinfer", "decay_ratio": 0.5}, 1024, (1024 + 640) / 2),
+        ({"method": "pyramidinfer", "decay_ratio": 0.5}, 1024, (1024 + 608) / 2),
     ],
     ids=str,
 )

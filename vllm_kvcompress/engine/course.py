@@ -11,7 +11,8 @@ from vllm.config import SchedulerConfig
 from vllm.v1.request import Request
 
 from ..budget import Fit
-from ..config import DECODE, KVCompressionConfig
+from ..config import KVCompressionConfig
+from ..methods.base import Scorer
 from .manager import CompressedKVManager
 from .requests import RequestSettings, request_settings
 
@@ -87,24 +88,41 @@ class Planner:
     ) -> Course | None:
         """The first compression after ``computed`` tokens that frees a block."""
         prompt = request.num_prompt_tokens
-        for due in self._config.due(prompt, prompt + request.max_tokens - 1):
-            scorer = settings.method or self._config.method
-            if due > prompt:
-                scorer = DECODE
-            method = self._config.scorers[scorer]
-            window = method.queries_wanted(due)
-            if due - max(window, 1) < computed:
-                continue
-            budgets = self.budgets(scorer, prompt, settings.budget)
-            targets = {
-                group: manager.fit(request.request_id, due, budgets[group])
-                for group, manager in self._managers.items()
-            }
+        end = prompt + request.max_tokens - 1
+        method = settings.method or self._config.method
+        for due, name in self._config.due(method, prompt, end):
+            scorer = self._config.scorers[name]
+            window = scorer.queries_wanted(due)
+            if due > prompt and scorer.generates:
+                if due <= computed:
+                    continue
+                targets = self._shed(request, scorer, due)
+            else:
+                if due - max(window, 1) < computed:
+                    continue
+                budgets = self.budgets(name, prompt, settings.budget)
+                targets = {
+                    group: manager.fit(request.request_id, due, budgets[group])
+                    for group, manager in self._managers.items()
+                }
             targets = {group: fit for group, fit in targets.items() if fit.shrinks}
             if targets:
-                prune = method.prunes and due == prompt and self._prunable(request)
-                return Course(settings, scorer, window, due, targets, prune)
+                prune = scorer.prunes and due == prompt and self._prunable(request)
+                return Course(settings, name, window, due, targets, prune)
         return None
+
+    def _shed(self, request: Request, scorer: Scorer, due: int) -> dict[int, Fit]:
+        """What is to be kept where a method rules what a request generates."""
+        prompt = request.num_prompt_tokens
+        layers = sum(map(len, self._tiers))
+        lost = scorer.generated_lost(prompt, due, layers)
+        recent = due - scorer.queries_wanted(due)
+        targets = {}
+        for group, manager in self._managers.items():
+            tier = manager.kv_cache_spec.tier
+            mean = sum(lost[layer] for layer in tier) // len(tier)
+            targets[group] = manager.shed(request.request_id, due, prompt, recent, mean)
+        return targets
 
     def _prunable(self, request: Request) -> bool:
         """Whether a prompt always finds room in one step; all of it has to."""

@@ -119,12 +119,6 @@ def _refusals(
             "add prune=false, which drops their KV only",
         ),
         (
-            prunes and parallel.tensor_parallel_size > 1,
-            f"method={config.method} and --tensor-parallel-size "
-            f"{parallel.tensor_parallel_size}",
-            "use size 1 or add prune=false",
-        ),
-        (
             least < smallest,
             f"budget={least} and KV blocks of {block_size} tokens",
             f"use a budget of at least {smallest}, or a smaller --block-size",

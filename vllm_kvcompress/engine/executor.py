@@ -17,7 +17,7 @@ from ..config import KVCompressionConfig
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages, keep_by_head
-from .layers import rated
+from .layers import rate
 from .layout import kernel_blocks, page_layout
 from .pruner import Pruner, Tier
 from .rows import RowShift
@@ -48,9 +48,19 @@ class ObservationWindow:
         for request_id, first, end in self.spans:
             self.queries.setdefault(request_id, []).append(query[first:end].clone())
 
-    def take(self, request_id: str) -> torch.Tensor:
-        """Give away a request's window, ``[window, query_heads, head_size]``."""
-        return torch.cat(self.queries.pop(request_id))
+    def of(self, request_id: str, count: int) -> torch.Tensor:
+        """A request's latest queries, ``[count, query_heads, head_size]``."""
+        chunks = self.queries[request_id]
+        if len(chunks) > 1:
+            chunks[:] = [torch.cat(chunks)]
+        return chunks[0][-count:]
+
+    def keep(self, request_id: str, count: int) -> None:
+        """Drop all of a request's queries but the latest ones."""
+        if count and request_id in self.queries:
+            self.queries[request_id] = [self.of(request_id, count).clone()]
+        else:
+            self.queries.pop(request_id, None)
 
 
 @dataclass
@@ -190,8 +200,9 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
-        for request_id in plan.observed:
-            self._drop_queries(request_id)
+        for request_id, count in plan.observed.items():
+            for window in self._windows:
+                window.keep(request_id, count)
         if plan.compress:
             report.seconds = time.perf_counter() - started
         self.totals.add(report)
@@ -215,19 +226,21 @@ class CompressionExecutor:
             target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
             if scorer.needs_queries:
-                queries = layer.observation_window.take(request_id)
+                queries = layer.observation_window.of(request_id, directive.window)
             if scorer.needs_values:
                 values = layout.values.take(cache, source)[:, :num_tokens]
-            scores = scorer.score(
-                queries,
-                layout.keys.take(cache, source)[:, :num_tokens],
-                values,
-                rated(layer),
-            )
-            scores = scores[:, :candidates]
+            keys = layout.keys.take(cache, source)[:, :num_tokens]
+            scores = rate(scorer, layer, queries, keys, values)[:, :candidates]
             if scorer.uneven:  # by what all layers together want
                 by_head.append((scores, cache, layout))
                 continue
+            if directive.candidates:
+                first, end = directive.candidates
+                scores = scores.clone()
+                scores[:, :first] = scores[:, end:] = float("inf")
+                stay = first // cache.shape[2]
+                scores = scores[:, stay * cache.shape[2] :]
+                source, target = source[stay:], target[stay:]
             kept = select(scores, len(target) * cache.shape[2])
             for half in (layout.keys, layout.values):
                 half.write(cache, target, half.gather(cache, source, kept))
@@ -238,8 +251,5 @@ class CompressionExecutor:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
-        self._drop_queries(request_id)
-
-    def _drop_queries(self, request_id: str) -> None:
         for window in self._windows:
-            window.queries.pop(request_id, None)
+            window.keep(request_id, 0)

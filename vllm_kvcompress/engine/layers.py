@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from ..config import KEY, ConfigError, KVCompressionConfig
-from ..methods.base import Layer
+from ..methods.base import Layer, Scorer
 from .head_pages import BACKENDS
 from .spec import CompressedAttentionSpec
 
@@ -58,10 +63,22 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             )
 
 
-def rated(layer: Any) -> Layer:
-    """What scorers may know of a compressed layer."""
+def rate(
+    scorer: Scorer,
+    layer: Any,
+    queries: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor | None,
+) -> torch.Tensor:
+    """The scores of a compressed layer's tokens, see `Scorer.score`."""
     softcap = getattr(layer.impl, "logits_soft_cap", None) or 0.0
-    return Layer(layer.compressed_index, layer.impl.scale, softcap)
+    about = Layer(layer.compressed_index, layer.impl.scale, softcap)
+    scores = scorer.score(queries, keys, values, about)
+    ranks = get_tensor_model_parallel_world_size()
+    if scorer.across_heads and ranks > 1:
+        mean = tensor_model_parallel_all_reduce(scores[0].contiguous()) / ranks
+        scores = mean.expand_as(scores)
+    return scores
 
 
 class _Compressed:

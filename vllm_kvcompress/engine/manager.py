@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from ..budget import Fit, fit
+from ..budget import Fit, fit, shed
 from ..plan import Compress
 
 
@@ -21,13 +21,18 @@ class _Compressed:
 
     Attributes:
         end_block: Logical blocks ``[0, end_block)`` are null; their kept tokens lie
-        destination: in these blocks, never hashed, never shared.
+        destination: in these blocks, which are read only; those that were filled for
+            it are never hashed and never shared.
         pending: Originals that the worker still reads in the current step.
+        decided: Logical tokens ``[0, decided)`` have been candidates.
+        shed: Blocks of generated tokens lost one by one, see `budget.shed`.
     """
 
     end_block: int = 0
     destination: list[KVCacheBlock] = field(default_factory=list)
     pending: list[KVCacheBlock] = field(default_factory=list)
+    decided: int = 0
+    shed: int = 0
 
 
 class CompressedKVManager(FullAttentionManager):
@@ -50,6 +55,28 @@ class CompressedKVManager(FullAttentionManager):
         held = num_tokens - self.shift(request_id) * self.block_size
         return fit(held, budget, self.block_size)
 
+    def shed(
+        self, request_id: str, num_tokens: int, prompt: int, end: int, lost: int
+    ) -> Fit:
+        """Lay out the same when tokens that left the recent ones are decided upon.
+
+        Args:
+            request_id: A running request with
+            num_tokens: so many tokens, and
+            prompt: so many in its prompt, which all stay.
+            end: Logical tokens from here on are recent.
+            lost: Generated tokens that it should have lost since its prompt.
+        """
+        state = self._compressed.get(request_id, _Compressed())
+        gone = self.shift(request_id) * self.block_size
+        return shed(
+            num_tokens - gone,
+            max(prompt, state.decided) - gone,
+            end - gone,
+            lost // self.block_size - state.shed,
+            self.block_size,
+        )
+
     def compress(
         self,
         request_id: str,
@@ -57,6 +84,7 @@ class CompressedKVManager(FullAttentionManager):
         num_tokens: int,
         target: Fit,
         *,
+        window: int = 0,
         pruned: bool = False,
     ) -> Compress | None:
         """Take blocks off a request's list, for the worker to empty.
@@ -65,7 +93,8 @@ class CompressedKVManager(FullAttentionManager):
             request_id: A running request, and
             scorer: which method compresses it.
             num_tokens: Tokens that are computed after this step, or fewer.
-            target: What is kept of them, from `fit`.
+            target: What is kept of them, from `fit` or `shed`.
+            window: See `Compress`.
             pruned: See `Compress`.
 
         Returns:
@@ -76,19 +105,28 @@ class CompressedKVManager(FullAttentionManager):
         state = self._compressed.setdefault(request_id, _Compressed())
         end_block = target.end_block + shift
         source = state.destination + blocks[state.end_block : end_block]
-        destination = self._private_blocks(source, target.kept_blocks)
-        if destination is None:
+        first = target.candidates[0] if target.candidates else 0
+        stay = source[: first // self.block_size]
+        source = source[len(stay) :]
+        private = self._private_blocks(source, target.kept_blocks - len(stay))
+        if private is None:
             return None
-        taken = {block.block_id for block in destination}
+        taken = {block.block_id for block in private}
+        destination = stay + private
         blocks[:end_block] = [self._null_block] * end_block
         state.end_block, state.destination = end_block, destination
         state.pending += [block for block in source if block.block_id not in taken]
+        if target.candidates:
+            state.decided = target.candidates[1] + shift * self.block_size
+            state.shed += target.freed_blocks
         return Compress(
             scorer=scorer,
             num_tokens=num_tokens,
             end_block=end_block,
             destination=tuple(block.block_id for block in destination),
             shift=shift,
+            window=window,
+            candidates=target.candidates,
             pruned=pruned,
         )
 

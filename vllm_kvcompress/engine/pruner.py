@@ -17,7 +17,7 @@ from vllm.forward_context import get_forward_context
 from ..methods.base import Scorer
 from ..ops.select import select
 from ..plan import Compress, StepPlan
-from .layers import rated
+from .layers import rate
 from .layout import kernel_blocks, page_layout
 
 # Models whose decoder layers take (positions, hidden_states, residual).
@@ -185,11 +185,12 @@ class Pruner:
         cache, count = attention.kv_cache, len(row.kept)
         assert below.table is not None
         blocks = below.table[number, : -(-count // cache.shape[2])].long()
-        scores = self._scorers[do.scorer].score(
-            attention.observation_window.take(row.request_id),
+        scores = rate(
+            self._scorers[do.scorer],
+            attention,
+            attention.observation_window.of(row.request_id, do.window),
             page_layout(attention).keys.take(cache, blocks)[:, :count],
             None,
-            rated(attention),
         )
         candidates = count - do.num_tokens % below.block_size
         private = len(do.destination) * below.block_size

@@ -148,9 +148,13 @@ class CompressedScheduler(Scheduler):
             request, num_computed_tokens, num_new_tokens
         )
         course = self._course(request) if count > 0 else None
-        missing = course.due - num_computed_tokens if course else 0
-        if course is None or missing <= 0:
+        if course is None:
             return count
+        missing = course.due - num_computed_tokens
+        if missing <= 0:
+            # A prompt longer than the KV space may fill it while it waits for private
+            # blocks. Token by token it displaces others, until it gets some.
+            return 1 if self._config.prefill == "incremental" else count
         if missing <= count:
             return missing
         if course.prune:
@@ -170,7 +174,7 @@ class CompressedScheduler(Scheduler):
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         observe: dict[str, tuple[int, int]] = {}
         compress: dict[str, dict[int, Compress]] = {}
-        observed: list[str] = []
+        observed: dict[str, int] = {}
         for request_id, count in scheduled.items():
             request = self.requests[request_id]
             course = self._course(request)
@@ -185,7 +189,9 @@ class CompressedScheduler(Scheduler):
                 if groups := self._compress(request, course):
                     compress[request_id] = groups
                 if not course.targets:
-                    observed.append(request_id)
+                    coming = self._courses[request_id]
+                    again = due - (coming.due - coming.window) if coming else 0
+                    observed[request_id] = max(0, again)
         skipped, self._skipped = dict(self._skipped), Counter()
         self._unsent.add(Counters(skipped=skipped))
         return StepPlan(observe, compress, observed, skipped)
@@ -196,7 +202,12 @@ class CompressedScheduler(Scheduler):
         planned: dict[int, Compress] = {}
         for group, target in list(course.targets.items()):
             directive = self._managers[group].compress(
-                request_id, course.scorer, course.due, target, pruned=course.prune
+                request_id,
+                course.scorer,
+                course.due,
+                target,
+                window=course.window,
+                pruned=course.prune,
             )
             if directive is not None:
                 planned[group] = directive

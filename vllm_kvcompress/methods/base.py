@@ -1,6 +1,6 @@
 """What a method is: a scorer with its parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,14 +68,42 @@ class Scorer(BaseModel):
     def owns_budget(self) -> bool:
         """Whether `layer_budgets` follow from the method's own parameters.
 
-        They then never rise with depth, and are rounded up to whole blocks.
+        They then never rise with depth, see `budget.whole_block_budgets`.
         """
+        return False
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether ``score`` is the mean over heads; then so it is over all ranks'."""
         return False
 
     @property
     def prunes(self) -> bool:
         """Whether a layer's dropped tokens are not computed in the layers above."""
         return False
+
+    @property
+    def generates(self) -> bool:
+        """Whether `generated_lost` rules what a request generates.
+
+        Tokens then go as they leave the ``queries_wanted`` latest ones; the prompt
+        and what was decided before stay.
+        """
+        return False
+
+    def decisions(self, prompt: int, end: int) -> Iterator[int]:
+        """Lengths below ``end`` at which `generated_lost` rises, ascending."""
+        yield from ()
+
+    def generated_lost(self, prompt: int, num_tokens: int, layers: int) -> list[int]:
+        """Generated tokens that each layer has lost since its prompt.
+
+        Args:
+            prompt: Length of the prompt.
+            num_tokens: Length of the request.
+            layers: Layers that are compressed; the lowest comes first.
+        """
+        return [0] * layers
 
     def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
         """Deal out the layers' tokens per KV head, ``budget`` on average at most.

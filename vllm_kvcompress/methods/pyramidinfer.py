@@ -1,6 +1,7 @@
 """PyramidInfer: higher layers compute and keep fewer tokens (arXiv 2405.12532)."""
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -17,9 +18,13 @@ class PyramidInfer(Scorer):
     Between two layers the context shrinks by the layer's decay ratio, and ratios
     compound; the recent tokens and ``sinks`` always stay. What a layer drops, no
     higher layer computes (``prune``), else it is computed and only its KV is dropped.
+    Of every ``gen_interval`` generated tokens that leave the recent ones, a layer keeps
+    the share ``gen_keep_ratio``, less with depth, as soon as a whole block can go.
 
     Mended: ``strategy`` is obeyed (theirs falls through to the constant one), the
-    linear strategy falls with depth, and positions are the prompt's own.
+    linear strategy falls with depth, positions are the prompt's own, the prompt's last
+    token is no candidate while generating, and what is recent does not depend on what
+    the lowest layer has dropped.
     """
 
     name: ClassVar[str] = "pyramidinfer"
@@ -41,6 +46,15 @@ class PyramidInfer(Scorer):
     prune: bool = Field(
         True, description="Do not compute dropped tokens in higher layers."
     )
+    gen_interval: int = Field(
+        16, ge=0, description="Generated tokens per decision; 0 keeps all of them."
+    )
+    gen_keep_ratio: float = Field(
+        0.9, ge=0, le=1, description="Share of them that the lowest layer keeps."
+    )
+    gen_decay_ratio: float = Field(
+        0.1, ge=0, le=1, description="Part of that share left in the highest layer."
+    )
 
     @property
     def needs_queries(self) -> int:
@@ -55,8 +69,16 @@ class PyramidInfer(Scorer):
         return self.sinks + 1
 
     @property
+    def across_heads(self) -> bool:
+        return True
+
+    @property
     def prunes(self) -> bool:
         return self.prune
+
+    @property
+    def generates(self) -> bool:
+        return self.gen_interval > 0
 
     @property
     def layered(self) -> bool:
@@ -85,6 +107,32 @@ class PyramidInfer(Scorer):
             passed = int(context * self._ratio(layer, num_layers))
             lengths.append(passed + recent if passed > least else lengths[-1])
         return lengths
+
+    def decisions(self, prompt: int, end: int) -> Iterator[int]:
+        """See `Scorer.decisions`."""
+        left = self.gen_interval
+        length = prompt
+        while True:
+            # Recent tokens grow with the length, so that this is a lower bound.
+            length = max(length, int((prompt + left) / (1 - self.recent_ratio)))
+            while length - self.queries_wanted(length) < prompt + left:
+                length += 1
+            if length >= end:
+                return
+            yield length
+            left += self.gen_interval
+
+    def generated_lost(self, prompt: int, num_tokens: int, layers: int) -> list[int]:
+        """See `Scorer.generated_lost`."""
+        left = max(0, num_tokens - self.queries_wanted(num_tokens) - prompt)
+        decisions = left // self.gen_interval
+        lost = []
+        for layer in range(layers):
+            falling = (math.cos(math.pi * layer / layers) + 1) / 2
+            share = self.gen_decay_ratio + (1 - self.gen_decay_ratio) * falling
+            kept = int(self.gen_interval * self.gen_keep_ratio * share)
+            lost.append(decisions * (self.gen_interval - max(kept, 1)))
+        return lost
 
     def score(
         self,

@@ -26,6 +26,10 @@ class TOVA(Scorer):
     def always_kept(self) -> int:
         return 1
 
+    @property
+    def across_heads(self) -> bool:
+        return True
+
     def score(
         self,
         queries: torch.Tensor | None,

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="small",
         help="a checkpoint, or a random-weight Llama of ours: small (default, GQA, "
-        "2 layers) or wide (8 layers with 16 KV heads, bound by its weights)",
+        "2 layers), wide (8 layers with 16 KV heads, bound by its weights) or deep "
+        "(40 layers with 8 KV heads, a narrow Llama-2-13B)",
     )
     add(
         "--prompt-len",

@@ -31,6 +31,16 @@ OWN_SHAPES = {
         "head_dim": 128,
         "max_position_embeddings": 131072,
     },
+    "deep": {
+        "vocab_size": 1024,
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+    },
 }
 
 
