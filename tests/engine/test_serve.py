@@ -24,7 +24,7 @@ BUDGET, BLOCK_SIZE, PROMPT_TOKENS = 256, 32, 1000
 PROMPT = [1, *(4 + i % 200 for i in range(PROMPT_TOKENS - 1))]
 FLAGS = [
     *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
-    *("--kv-compression-config.request_methods", '["keydiff", "streamingllm"]'),
+    *("--kv-compression-config.request_methods", '["keydiff"]'),
     *("--kv-compression-config.decode", '{"method": "rkv", "interval": 48}'),
     *("--block-size", str(BLOCK_SIZE), "--max-model-len", "2048"),
     *("--dtype", "float32", "--served-model-name", "needle", "--enforce-eager"),
@@ -194,18 +194,16 @@ def test_lower_budget_for_one_request(server):
 def test_a_request_chooses_its_method(server):
     before = metrics(server)
     firsts, seconds = [], []
-    for method in ("snapkv", "keydiff", "streamingllm"):
+    for method in ("snapkv", "keydiff"):
         answer = complete(server, vllm_xargs={"kv_compression": method}, logprobs=5)
         assert answer.status_code == 200, answer.text
         first, second, *_ = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
         firsts.append(first)
         seconds.append(second)
-    wait_for(server, "compressions_total", before, 3)
-    # The first token sees the whole prompt, the next ones what is left of it.
-    assert all(first == pytest.approx(firsts[0], abs=1e-3) for first in firsts)
+    wait_for(server, "compressions_total", before, 2)
+    # The first token sees the whole prompt, the next one what is left of it.
+    assert firsts[0] == pytest.approx(firsts[1], abs=1e-3)
     assert seconds[0] != pytest.approx(seconds[1], abs=1e-2)
-    assert seconds[0] != pytest.approx(seconds[2], abs=1e-2)
-    assert seconds[1] != pytest.approx(seconds[2], abs=1e-2)
 
 
 @pytest.mark.parametrize("n", [1, 2])
