@@ -51,7 +51,8 @@ def entering(settings: dict[str, Any], length: int) -> list[int]:
     held = [length % BLOCK] * LAYERS
     while sum(wanted) - sum(held) >= BLOCK // 2:
         held[max(range(LAYERS), key=lambda layer: wanted[layer] - held[layer])] += BLOCK
-    return held
+    protected = recent + 4 + 1
+    return [tokens if tokens >= protected else tokens + BLOCK for tokens in held]
 
 
 def choice(
