@@ -37,12 +37,17 @@ class PrunedLlama(DenseLlama):
         rows = [self._run(prompt, 0, choose)]
         for step, token in enumerate(generated[:-1]):
             rows.append(self._run([token], len(prompt) + step, None))
-            for layer, (keys, values) in enumerate(self._cache if shed else ()):
+            for layer, (keys, _) in enumerate(self._cache if shed else ()):
                 assert shed is not None
                 stay = shed(layer, torch.cat(self._queries[layer]), keys)
                 if stay is not None:
-                    self._cache[layer] = keys[:, stay], values[:, stay]
+                    self.lose(layer, stay)
         return torch.stack(rows)
+
+    def lose(self, layer: int, stay: Tensor) -> None:
+        """Take all tokens but some out of a layer's cache."""
+        keys, values = self._cache[layer]
+        self._cache[layer] = keys[:, stay], values[:, stay]
 
     def held(self) -> list[int]:
         """Tokens in each layer's cache."""

@@ -139,6 +139,11 @@ class KVCompressionConfig(BaseModel):
                     f"request_methods may not hold {name}, whose budgets differ by "
                     f"layer, beside method={self.method}; make it the server's method"
                 )
+            if self.scorer.owns_budget and not scorer.owns_budget:
+                return (
+                    f"request_methods may not hold {name}, for which {self.method} "
+                    "leaves no budget; make it the server's method"
+                )
         intervals = {}
         rules = self.decode is not None and self.decode.scorer.generates
         if self.decode and not rules:

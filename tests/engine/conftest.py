@@ -105,17 +105,29 @@ def free_blocks(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-def preemptions(llm: Any) -> list[str]:
-    """Collects the ids of preempted requests as they happen."""
-    seen: list[str] = []
+def preemptions(llm: Any) -> list[int]:
+    """Collects how many compressions each preemption undoes."""
+    seen: list[int] = []
     original = scheduler(llm)._preempt_request
+    managers = scheduler(llm)._managers.values()
 
     def counting(request: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(request.request_id)
+        seen.append(sum(m.shift(request.request_id) > 0 for m in managers))
         original(request, *args, **kwargs)
 
     scheduler(llm)._preempt_request = counting
     return seen
+
+
+@contextlib.contextmanager
+def chunks(llm: Any, tokens: int) -> Iterator[None]:
+    """Schedule no more than so many tokens per step."""
+    before = scheduler(llm).max_num_scheduled_tokens
+    scheduler(llm).max_num_scheduled_tokens = tokens
+    try:
+        yield
+    finally:
+        scheduler(llm).max_num_scheduled_tokens = before
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -147,9 +159,24 @@ class Answer:
 
 
 def generate(
-    llm: Any, prompts: list[list[int]], count: int | list[int] = 12, **params: Any
+    llm: Any,
+    prompts: list[list[int]],
+    count: int | list[int] = 12,
+    each: list[dict[str, Any]] | None = None,
+    **params: Any,
 ) -> list[Answer]:
-    """Greedy answers with the log-probabilities of the whole vocabulary."""
+    """Greedy answers with the log-probabilities of the whole vocabulary.
+
+    Args:
+        llm: The engine.
+        prompts: Served at once.
+        count: Tokens to generate, of all or of each.
+        each: Sampling parameters of each prompt.
+        params: Those of all.
+
+    Returns:
+        One per prompt, or as many as ``n`` says.
+    """
     from vllm import SamplingParams
 
     counts = count if isinstance(count, list) else [count] * len(prompts)
@@ -162,16 +189,16 @@ def generate(
                 "logprobs": -1,
                 "ignore_eos": True,
                 **params,
+                **own,
             }
         )
-        for n in counts
+        for n, own in zip(counts, each or [{}] * len(prompts), strict=True)
     ]
     outputs = llm.generate(
         [{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False
     )
     answers = []
-    for output in outputs:
-        completion = output.outputs[0]
+    for output, completion in ((o, c) for o in outputs for c in o.outputs):
         rows = [[row[t].logprob for t in range(VOCAB)] for row in completion.logprobs]
         answers.append(
             Answer(

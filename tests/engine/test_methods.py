@@ -15,9 +15,9 @@ from tests.engine.conftest import (
     generate,
     prompt,
 )
+from tests.engine.serving import fits
 from tests.matrix import METHODS
 from vllm_kvcompress import stats
-from vllm_kvcompress.budget import Fit, Tier, fit
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Scorer
 from vllm_kvcompress.methods.streamingllm import StreamingLLM
@@ -30,13 +30,7 @@ LENGTHS = [1000, 37, 512, 335]
 def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> None:
     config = KVCompressionConfig.from_dict(settings)
     model = DenseLlama(llama)
-    tiers = config.tiers(model.layers)
-    shrunk: dict[int, dict[Tier, Fit]] = {}
-    for length in LENGTHS:
-        budgets = config.tier_budgets(config.method, tiers, length, BLOCK)
-        fits = {tier: fit(length, budgets[tier], BLOCK) for tier in tiers}
-        if found := {tier: f for tier, f in fits.items() if f.shrinks}:
-            shrunk[length] = found
+    shrunk = {n: found for n in LENGTHS if (found := fits(config, config.method, n))}
     assert shrunk
     done = [(length, f) for length in shrunk for f in shrunk[length].values()]
     with engine(llama, additional_config={"kv_compression": settings}) as llm:

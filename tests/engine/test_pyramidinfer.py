@@ -55,10 +55,12 @@ def entering(settings: dict[str, Any], length: int) -> list[int]:
     return [tokens if tokens >= protected else tokens + BLOCK for tokens in held]
 
 
-def choice(settings: dict[str, Any], length: int) -> Choice:
+def choice(
+    settings: dict[str, Any], length: int, wanted: list[int] | None = None
+) -> Choice:
     """What enters the next layer, by the scorer and a stable sort."""
     scorer = KVCompressionConfig.from_dict(settings).scorer
-    wanted, tail = entering(settings, length), length % BLOCK
+    wanted, tail = wanted or entering(settings, length), length % BLOCK
 
     def choose(layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         scores = scorer.score(
@@ -99,6 +101,34 @@ def test_prefill_and_decode_are_the_dense_models(deep: Path, compiled: bool) -> 
         length - held for length in LENGTHS for held in entering(SETTINGS, length)
     )
     assert counted["tokens_evicted"] > 0
+
+
+def test_the_lowest_tier_loses_what_it_has_computed(deep: Path) -> None:
+    """Tiers of two layers: nobody has pruned the lowest one's tokens before it."""
+    settings, length = {**SETTINGS, "layers_per_tier": 2}, 500
+    with engine(
+        deep,
+        additional_config={"kv_compression": settings},
+        max_num_batched_tokens=800,
+        max_num_seqs=8,
+    ) as llm:
+        (answer,) = generate(llm, [prompt(length)], COUNT)
+    config, dense = KVCompressionConfig.from_dict(settings), PrunedLlama(deep)
+    budgets = config.tier_budgets("pyramidinfer", config.tiers(LAYERS), length, BLOCK)
+    low, high = budgets.values()
+    assert length > low > high
+
+    def choose(layer: int, queries: Tensor, keys: Tensor) -> Tensor:
+        def best(count: int) -> Tensor:
+            return choice(settings, length, [count] * LAYERS)(layer, queries, keys)
+
+        if layer < 2:
+            dense.lose(layer, best(low))
+        return best(high) if layer == 1 else torch.arange(keys.shape[1])
+
+    expected = dense.answer(prompt(length), answer.tokens, choose)
+    assert dense.held() == [n + COUNT - 1 for n in (low, low, high, high)]
+    assert float((expected - answer.logprobs).abs().max()) < 5e-4
 
 
 def shedding(length: int, interval: int) -> Shed:

@@ -9,6 +9,7 @@ import torch
 from tests.engine.conftest import (
     BLOCK,
     Recording,
+    chunks,
     engine,
     free_blocks,
     generate,
@@ -45,27 +46,20 @@ def _clean(llm: Any) -> Iterator[None]:
     )
 
 
-def _chunked(llm: Any, tokens: int) -> None:
-    scheduler(llm).max_num_scheduled_tokens = tokens
-
-
 def test_every_chunk_size(llm: Any, recording: Recording) -> None:
     length = 4 * BLOCK + 3
     tokens = prompt(length, seed=1)
     (whole,) = generate(llm, [tokens], 4)
     kept = list(recording.kept)
-    try:
-        for chunk in range(1, length + 1):
-            _chunked(llm, chunk)
-            scheduler(llm).reset_prefix_cache()
-            recording.kept.clear()
+    for chunk in range(1, length + 1):
+        scheduler(llm).reset_prefix_cache()
+        recording.kept.clear()
+        with chunks(llm, chunk):
             (answer,) = generate(llm, [tokens], 4)
-            assert answer.near(whole), chunk
-            assert len(kept) == len(recording.kept)
-            for mine, theirs in zip(recording.kept, kept, strict=True):
-                assert torch.equal(mine, theirs), chunk
-    finally:
-        _chunked(llm, 512)
+        assert answer.near(whole), chunk
+        assert len(kept) == len(recording.kept)
+        for mine, theirs in zip(recording.kept, kept, strict=True):
+            assert torch.equal(mine, theirs), chunk
 
 
 def test_mixed_batch_equals_alone(llm: Any) -> None:

@@ -24,6 +24,8 @@ BUDGET, BLOCK_SIZE, PROMPT_TOKENS = 256, 32, 1000
 PROMPT = [1, *(4 + i % 200 for i in range(PROMPT_TOKENS - 1))]
 FLAGS = [
     *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
+    *("--kv-compression-config.request_methods", '["keydiff"]'),
+    *("--kv-compression-config.decode", '{"method": "rkv", "interval": 48}'),
     *("--block-size", str(BLOCK_SIZE), "--max-model-len", "2048"),
     *("--dtype", "float32", "--served-model-name", "needle", "--enforce-eager"),
 ]
@@ -114,6 +116,15 @@ def counted(client, key, before):
     return 0
 
 
+def wait_for(client, key, before, wanted):
+    """A counter comes so far and no further."""
+    for _ in range(50):
+        if (found := counted(client, key, before)) >= wanted:
+            break
+        time.sleep(0.1)
+    assert found == wanted
+
+
 def test_counters_are_there_from_the_start(server):
     samples = metrics(server)
     for name in (
@@ -180,12 +191,46 @@ def test_lower_budget_for_one_request(server):
     assert counted(server, "retained_tokens_total", before) <= 96
 
 
+def test_a_request_chooses_its_method(server):
+    before = metrics(server)
+    firsts, seconds = [], []
+    for method in ("snapkv", "keydiff"):
+        answer = complete(server, vllm_xargs={"kv_compression": method}, logprobs=5)
+        assert answer.status_code == 200, answer.text
+        first, second, *_ = answer.json()["choices"][0]["logprobs"]["top_logprobs"]
+        firsts.append(first)
+        seconds.append(second)
+    wait_for(server, "compressions_total", before, 2)
+    # The first token sees the whole prompt, the next one what is left of it.
+    assert firsts[0] == pytest.approx(firsts[1], abs=1e-3)
+    assert seconds[0] != pytest.approx(seconds[1], abs=1e-2)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_long_answers_are_compressed_again_and_streamed(server, n):
+    before = metrics(server)
+    body = {"max_tokens": 120, "ignore_eos": True, "n": n, "temperature": 1, "seed": 0}
+    whole = complete(server, **body)
+    assert whole.status_code == 200, whole.text
+    # The prompt, and 48 and 96 tokens behind it.
+    wait_for(server, "compressions_total", before, 3 * n)
+    streamed = [""] * n
+    for line in complete(server, **body, stream=True).text.splitlines():
+        if line.startswith("data: {"):
+            (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == [choice["text"] for choice in whole.json()["choices"]]
+    assert all(streamed)
+    wait_for(server, "compressions_total", before, 6 * n)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", [complete, chat])
 @pytest.mark.parametrize(
     ("xargs", "told"),
     [
         ({"kv_compression": "nope"}, ["kv_compression='nope'", "'off'", "'snapkv'"]),
+        ({"kv_compression": "tova"}, ["kv_compression='tova'", "'keydiff'"]),
         ({"kv_compression_budget": BUDGET + 1}, [f"={BUDGET + 1}", f"63 to {BUDGET}"]),
         ({"kv_compression_budget": 5}, ["=5", f"63 to {BUDGET}"]),
         ({"kv_compression_budget": "many"}, ["='many'", "whole numbers"]),

@@ -61,6 +61,10 @@ def test_from_dict_leaves_its_argument_alone():
         ({"request_methods": ["nope"]}, ["'nope'", "snapkv"]),
         ({"request_methods": {"knorm": 1}}, ["request_methods.knorm", "mapping"]),
         ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
+        (
+            {"method": "pyramidinfer", "request_methods": ["knorm"]},
+            ["knorm", "pyramidinfer leaves no budget"],
+        ),
         ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
         ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
     ],

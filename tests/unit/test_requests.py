@@ -61,6 +61,13 @@ def test_a_method_with_its_own_budget_takes_none():
     own = KVCompressionConfig.from_dict({"method": "pyramidinfer"})
     with pytest.raises(RequestError, match="none with pyramidinfer"):
         request_settings({"kv_compression_budget": 512}, own, 16)
+    offers = KVCompressionConfig.from_dict(
+        {"method": "pyramidkv", "request_methods": ["pyramidinfer"]}
+    )
+    asked = {"kv_compression_budget": 512}
+    assert request_settings(asked, offers, 16).budget == 512
+    with pytest.raises(RequestError, match="none with pyramidinfer"):
+        request_settings({**asked, "kv_compression": "pyramidinfer"}, offers, 16)
 
 
 def test_incremental_prompts_cannot_stay_whole():

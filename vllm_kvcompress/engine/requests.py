@@ -72,8 +72,9 @@ def request_settings(
         modes.insert(0, "off")  # else its prompt might never find room
     if mode is not None and mode not in modes:
         raise RequestError(KEY, mode, ", ".join(map(repr, modes)))
-    if budget is not None and config.scorer.owns_budget:
-        raise RequestError(BUDGET_KEY, budget, f"none with {config.method}")
+    scorer = config.request_methods.get(mode or "on", config.scorer)
+    if budget is not None and scorer.owns_budget:
+        raise RequestError(BUDGET_KEY, budget, f"none with {scorer.name}")
     if budget is not None:
         least = config.smallest_budget(block_size or 1)
         fixed = config.budget or max(config.layer_budgets or [0])

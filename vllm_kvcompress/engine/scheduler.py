@@ -201,13 +201,16 @@ class CompressedScheduler(Scheduler):
         request_id, computed = request.request_id, request.num_computed_tokens
         planned: dict[int, Compress] = {}
         for group, target in list(course.targets.items()):
-            directive = self._managers[group].compress(
+            manager = self._managers[group]
+            # The lowest layers compute all tokens, and lose theirs afterwards.
+            pruned = course.prune and manager.kv_cache_spec.tier[0] > 0
+            directive = manager.compress(
                 request_id,
                 course.scorer,
                 course.due,
                 target,
                 window=course.window,
-                pruned=course.prune,
+                pruned=pruned,
             )
             if directive is not None:
                 planned[group] = directive
