@@ -103,7 +103,7 @@ class KVCompressionConfig(BaseModel):
                 for name, own in others.items()
             }
         config = built(cls, "", scorer=scorer, **given)
-        if not (scorer.owns_budget or any(getattr(config, k) for k in SIZE_KEYS)):
+        if config._takes_budget and not any(getattr(config, k) for k in SIZE_KEYS):
             config = config.model_copy(update={"budget": DEFAULT_BUDGET})
         if contradiction := config._contradiction():
             raise ConfigError(f"{KEY}: {contradiction}")
@@ -112,7 +112,7 @@ class KVCompressionConfig(BaseModel):
     def _contradiction(self) -> str | None:
         """What two settings together make impossible."""
         sizes = self.model_dump(include=set(SIZE_KEYS), exclude_none=True)
-        if sizes and self.scorer.owns_budget:
+        if sizes and not self._takes_budget:
             return (
                 f"{', '.join(sizes)} cannot be given for {self.method}, whose own "
                 "parameters say what is kept; drop it"
@@ -138,11 +138,6 @@ class KVCompressionConfig(BaseModel):
                 return (
                     f"request_methods may not hold {name}, whose budgets differ by "
                     f"layer, beside method={self.method}; make it the server's method"
-                )
-            if self.scorer.owns_budget and not scorer.owns_budget:
-                return (
-                    f"request_methods may not hold {name}, for which {self.method} "
-                    "leaves no budget; make it the server's method"
                 )
         intervals = {}
         rules = self.decode is not None and self.decode.scorer.generates
@@ -186,6 +181,10 @@ class KVCompressionConfig(BaseModel):
                 "them; give the same method for both"
             )
         return None
+
+    @property
+    def _takes_budget(self) -> bool:
+        return not all(scorer.owns_budget for scorer in self.scorers.values())
 
     @property
     def method(self) -> str:

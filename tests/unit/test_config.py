@@ -1,6 +1,7 @@
 """KVCompressionConfig: what users may write, and what they are told otherwise."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -61,9 +62,10 @@ def test_from_dict_leaves_its_argument_alone():
         ({"request_methods": ["nope"]}, ["'nope'", "snapkv"]),
         ({"request_methods": {"knorm": 1}}, ["request_methods.knorm", "mapping"]),
         ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
+        ({"method": "pyramidinfer", "budget": 512}, ["budget", "pyramidinfer"]),
         (
-            {"method": "pyramidinfer", "request_methods": ["knorm"]},
-            ["knorm", "pyramidinfer leaves no budget"],
+            {"method": "pyramidinfer", "decode": {"interval": 64}},
+            ["decode.interval", "pyramidinfer"],
         ),
         ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
         ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
@@ -114,3 +116,14 @@ def test_tiers_have_equal_sizes():
     )
     with pytest.raises(ConfigError, match="layers_per_tier=5 must divide the 32"):
         uneven.tiers(32)
+
+
+@pytest.mark.parametrize(
+    "more", [{"request_methods": ["knorm"]}, {"decode": {"method": "rkv"}}], ids=str
+)
+def test_a_budget_is_for_the_methods_that_take_one(more: dict[str, Any]) -> None:
+    settings = {"method": "pyramidinfer", **more}
+    assert KVCompressionConfig.from_dict(settings).budget == 2048
+    config = KVCompressionConfig.from_dict({**settings, "budget": 512})
+    assert KVCompressionConfig.from_dict(config.settings()) == config
+    assert config.budget == 512
