@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.requests import (
     RequestError,
     RequestSettings,
@@ -148,6 +148,22 @@ def test_bad_value_is_the_clients_fault(hooked):
     ):
         with pytest.raises(VLLMValidationError, match="kv_compression_budget=5"):
             check()
+
+
+@pytest.mark.vllm
+def test_a_session_that_might_never_fit_is_refused(hooked):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def prompts():
+        yield "prompt"
+
+    settings = {"prefill": "incremental", "decode": {"interval": 64}}
+    config = KVCompressionConfig.from_dict({**FIXED.settings(), **settings})
+    engine = SimpleNamespace(vllm_config=vllm_config({KEY: config.settings()}))
+    with pytest.raises(VLLMValidationError, match="prefill='exact'"):
+        AsyncLLM.generate(engine, prompts(), SamplingParams(), "id")
 
 
 @pytest.mark.vllm

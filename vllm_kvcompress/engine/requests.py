@@ -6,7 +6,7 @@ keeps fewer tokens of it than the server would.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,19 @@ def _check(vllm_config: "VllmConfig", params: Any) -> None:
         raise VLLMValidationError(str(error), parameter=error.field) from None
 
 
+def _check_session(vllm_config: "VllmConfig") -> None:
+    """Refuse what might wait for room for ever, since it is never compressed."""
+    config = config_of(vllm_config)
+    if config is not None and config.prefill == "incremental":
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(
+            f"{KEY}: a streaming session cannot be served with prefill='incremental'; "
+            "start the server with prefill='exact'",
+            parameter="prompt",
+        )
+
+
 def _checking_first(validate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(validate)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +141,8 @@ def _checking_at_call(generate: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         _check(self.vllm_config, sampling_params)
+        if isinstance(prompt, AsyncGenerator):
+            _check_session(self.vllm_config)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     return checked
