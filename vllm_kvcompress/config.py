@@ -17,6 +17,7 @@ from .budget import (
     tiers,
     whole_block_budgets,
 )
+from .contradictions import SIZE_KEYS, contradictions
 from .methods.base import Scorer
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
@@ -24,7 +25,6 @@ __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
 
 DEFAULT_BUDGET = 2048
 DECODE = "decode"  # among `KVCompressionConfig.scorers`
-SIZE_KEYS = ("budget", "keep_ratio", "layer_budgets")
 
 Tokens = Annotated[int, Field(ge=1, strict=True)]
 
@@ -103,87 +103,15 @@ class KVCompressionConfig(BaseModel):
                 for name, own in others.items()
             }
         config = built(cls, "", scorer=scorer, **given)
-        if config._takes_budget and not any(getattr(config, k) for k in SIZE_KEYS):
+        if config.takes_budget and not any(getattr(config, k) for k in SIZE_KEYS):
             config = config.model_copy(update={"budget": DEFAULT_BUDGET})
-        if contradiction := config._contradiction():
+        for contradiction in contradictions(config):
             raise ConfigError(f"{KEY}: {contradiction}")
         return config
 
-    def _contradiction(self) -> str | None:
-        """What two settings together make impossible."""
-        sizes = self.model_dump(include=set(SIZE_KEYS), exclude_none=True)
-        if sizes and not self._takes_budget:
-            return (
-                f"{', '.join(sizes)} cannot be given for {self.method}, whose own "
-                "parameters say what is kept; drop it"
-            )
-        if len(sizes) > 1:
-            both = " and ".join(f"{key}={value}" for key, value in sizes.items())
-            return f"{both} exclude each other; give one of them"
-        for budget in self.budgets:
-            if budget <= self.always_kept:
-                return (
-                    f"budget={budget} must be larger than the {self.always_kept} "
-                    f"tokens that {self.method} always keeps"
-                )
-        if self.layers_per_tier and not self.tiered:
-            return (
-                f"layers_per_tier={self.layers_per_tier} needs budgets that differ by "
-                "layer; drop it, or give layer_budgets"
-            )
-        if reason := self._uneven_with():
-            return reason
-        for name, scorer in self.request_methods.items():
-            if scorer.layered and not self.tiered:
-                return (
-                    f"request_methods may not hold {name}, whose budgets differ by "
-                    f"layer, beside method={self.method}; make it the server's method"
-                )
-        intervals = {}
-        rules = self.decode is not None and self.decode.scorer.generates
-        if self.decode and not rules:
-            intervals["decode.interval"] = self.decode.interval
-        elif self.decode and (given := self.decode.model_fields_set - {"scorer"}):
-            return (
-                f"decode.{given.pop()} cannot be given for {self.decode.scorer.name}, "
-                "whose own parameters say when and what; drop it"
-            )
-        if self.prefill == "incremental":
-            intervals["prefill_interval"] = self.prefill_interval
-            if self.decode is None or rules or self.keep_ratio is not None:
-                return (
-                    "prefill='incremental' needs a bounded memory: give decode (such "
-                    'as {"method": "snapkv", "interval": 128}) and budget or '
-                    "layer_budgets"
-                )
-        for key, interval in intervals.items():
-            if interval < self.window:
-                return f"{key}={interval} must be at least the window of {self.window}"
-        return None
-
-    def _uneven_with(self) -> str | None:
-        """What cannot be had where KV heads hold unequally many tokens."""
-        for name, scorer in self.request_methods.items():
-            if scorer.uneven and name != self.method:
-                return (
-                    f"request_methods may not hold {name}, which needs rows of its own "
-                    "for every KV head; make it the server's method"
-                )
-            if scorer.prunes and self.scorer.uneven:
-                return (
-                    f"request_methods may not hold {name}, which prunes layers, beside "
-                    f"method={self.method}; give it prune=false"
-                )
-        if self.decode and self.decode.scorer.uneven != self.scorer.uneven:
-            return (
-                f"decode.method={self.decode.scorer.name} cannot follow method="
-                f"{self.method}: KV heads keep equally many tokens with only one of "
-                "them; give the same method for both"
-            )
-        return None
-
     @property
-    def _takes_budget(self) -> bool:
+    def takes_budget(self) -> bool:
+        """Whether any method leaves it to the user how much is kept."""
         return not all(scorer.owns_budget for scorer in self.scorers.values())
 
     @property

@@ -64,6 +64,14 @@ def test_from_dict_leaves_its_argument_alone():
         ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
         ({"method": "pyramidinfer", "budget": 512}, ["budget", "pyramidinfer"]),
         (
+            {
+                "method": "pyramidinfer",
+                "prefill": "incremental",
+                "decode": {"method": "snapkv"},
+            },
+            ["prefill='incremental'", "for all methods"],
+        ),
+        (
             {"method": "pyramidinfer", "decode": {"interval": 64}},
             ["decode.interval", "pyramidinfer"],
         ),

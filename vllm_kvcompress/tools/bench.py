@@ -88,7 +88,8 @@ def method_settings(method: str, budget: int | None, config: str) -> dict[str, A
     Raises:
         ToolError: The plugin would refuse them.
     """
-    from ..config import SIZE_KEYS, ConfigError, KVCompressionConfig
+    from ..config import ConfigError, KVCompressionConfig
+    from ..contradictions import SIZE_KEYS
 
     try:
         settings = {"method": method, **json.loads(config)}
