@@ -26,7 +26,6 @@ from tests.engine.serving import (
     ENTRIES,
     SERVERS,
     STEP,
-    UNEVEN,
     Request,
     ask,
     little_space,
@@ -36,7 +35,6 @@ from tests.engine.test_v2 import RUNNERS
 from vllm_kvcompress import stats
 
 CASES = Path(__file__).with_name("serving_cases.py")
-ON_V2 = [name for name in SERVERS if name not in UNEVEN]
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -173,9 +171,8 @@ def asynchronous(
     """What a runner answers in little space, by server."""
     runner = request.param
     output = tmp_path_factory.mktemp(runner) / "answers.pt"
-    names = ON_V2 if runner == "v2" else [*SERVERS]
     done = subprocess.run(
-        [sys.executable, str(CASES), runner, str(llama), str(output), *names],
+        [sys.executable, str(CASES), runner, str(llama), str(output), *SERVERS],
         cwd=output.parent,
         capture_output=True,
         text=True,
@@ -191,8 +188,6 @@ def asynchronous(
 def test_asynchronous_scheduling_and_both_runners(
     asynchronous: dict[str, Any], name: str, asked: list[Request], alone: list[Answer]
 ) -> None:
-    if name not in asynchronous:
-        pytest.skip("not on V2")
     case = asynchronous[name]
     assert case["scheduler"] == "CompressedAsyncScheduler"
     check(asked, [Answer(**answer) for answer in case["answers"]], alone)
