@@ -127,3 +127,6 @@ def test_a_budget_is_for_the_methods_that_take_one(more: dict[str, Any]) -> None
     config = KVCompressionConfig.from_dict({**settings, "budget": 512})
     assert KVCompressionConfig.from_dict(config.settings()) == config
     assert config.budget == 512
+    layered = KVCompressionConfig.from_dict({**settings, "layer_budgets": [512, 1024]})
+    budgets = layered.tier_budgets("pyramidinfer", layered.tiers(2), 2048, 16)
+    assert budgets == {(0,): 2048, (1,): 1888}, "its own, which fall with depth"
