@@ -150,6 +150,12 @@ class KVCompressionConfig(BaseModel):
             )
         if self.prefill == "incremental":
             intervals["prefill_interval"] = self.prefill_interval
+            for scorer in self.scorers.values():
+                if scorer.owns_budget:
+                    return (
+                        f"prefill='incremental' needs a bounded memory: {scorer.name} "
+                        "keeps a share of the prompt; take another method"
+                    )
             if self.decode is None or rules or self.keep_ratio is not None:
                 return (
                     "prefill='incremental' needs a bounded memory: give decode (such "

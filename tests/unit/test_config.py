@@ -59,6 +59,15 @@ def test_from_dict_leaves_its_argument_alone():
         ({"decode": {"budget": 9}}, ["budget=9", "larger than"]),
         ({"prefill": "fast"}, ["prefill='fast'", "exact", "incremental"]),
         ({"prefill": "incremental"}, ["prefill='incremental'", "decode"]),
+        (
+            {
+                "prefill": "incremental",
+                "decode": {},
+                "method": "pyramidkv",
+                "request_methods": ["pyramidinfer"],
+            },
+            ["prefill='incremental'", "pyramidinfer keeps a share"],
+        ),
         ({"request_methods": ["nope"]}, ["'nope'", "snapkv"]),
         ({"request_methods": {"knorm": 1}}, ["request_methods.knorm", "mapping"]),
         ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
