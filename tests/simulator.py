@@ -67,30 +67,33 @@ class Life:
     slots: list[list[Slot]]
     computed: int = 0
     kept: dict[int, Compress] = field(default_factory=dict)
+    private: dict[int, list[Slot]] = field(default_factory=dict)
 
-    def compute(self, tokens: int) -> range:
+    def compute(self, tokens: int, pruned: bool = False) -> range:
         """Go on by some tokens, and return their positions."""
         new = range(self.computed, self.computed + tokens)
         require(new.stop <= len(self.tokens), "a token is scheduled that is unknown")
-        mark = (self.uid,) if self.kept else ()
+        mark = (self.uid,) if self.kept or pruned else ()
         links = chain(self.tokens)[new.start : new.stop]
         for group, slots in enumerate(self.slots):
             slots += [(group, link, *mark) for link in links]
         self.computed = new.stop
         return new
 
-    def private(self, group: int) -> list[Slot]:
-        """What the private blocks have to hold, the i-th kept token as ``-i``."""
-        if group not in self.kept:
-            return []
-        do = self.kept[group]
-        count = len(do.destination) * BLOCK
-        return [(group, -i, self.uid, do.num_tokens) for i in range(count)]
+    def pack(self, group: int, do: Compress) -> None:
+        """Say what private blocks hold from now on, the i-th token chosen as ``-i``."""
+        held, replaced = self.held(group), (do.end_block - do.shift) * BLOCK
+        first, end = do.candidates or (0, replaced)
+        left = len(do.destination) * BLOCK - first - (replaced - end)
+        require(0 <= left <= end - first, left, "of the candidates stay", do)
+        chosen = [(group, -i, self.uid, do.num_tokens) for i in range(left)]
+        self.private[group] = held[:first] + chosen + held[end:replaced]
+        self.kept[group] = do
 
     def held(self, group: int) -> list[Slot]:
         """All that attention reads: private blocks, and what lies behind them."""
         replaced = self.kept[group].end_block if group in self.kept else 0
-        return self.private(group) + self.slots[group][replaced * BLOCK :]
+        return self.private.get(group, []) + self.slots[group][replaced * BLOCK :]
 
 
 class Executor(CompressionExecutor):
@@ -105,16 +108,18 @@ class Executor(CompressionExecutor):
         worker, (layer,) = self.worker, group.layers
         life, index = worker.lives[request_id], layer.group
         end = directive.num_tokens
-        if window := self._scorers[directive.scorer].needs_queries:
+        if self._scorers[directive.scorer].needs_queries:
+            window = directive.window
             seen = layer.observation_window.of(request_id, window).tolist()
             wanted = [[life.uid, i] for i in range(end - window, end)]
             require(seen == wanted, "observed", seen, "instead of", wanted)
         worker.expect(
             row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source"
         )
-        life.kept[index] = directive
-        for i, block in enumerate(directive.destination):
-            worker.memory[block] = life.private(index)[i * BLOCK : (i + 1) * BLOCK]
+        stay = directive.candidates[0] // BLOCK if directive.candidates else 0
+        front = tuple(row[:stay].tolist())
+        require(directive.destination[:stay] == front, directive, "moves", front)
+        worker.fill(life, index, directive, stay)
 
 
 class Worker:
@@ -252,18 +257,32 @@ class Worker:
         queries = []
         for request_id, tokens in zip(batch, counts.tolist(), strict=True):
             life, row = self.lives[request_id], self.rows[request_id]
-            for position in life.compute(tokens):
+            groups = self.compression._plan.compress.get(request_id, {})
+            pruned = {group: do for group, do in groups.items() if do.pruned}
+            for position in life.compute(tokens, bool(pruned)):
                 queries.append((life.uid, position))
-                for table, slots in zip(self.tables, life.slots, strict=True):
+                tables = zip(self.tables, life.slots, strict=True)
+                for group, (table, slots) in enumerate(tables):
+                    if group in pruned and position < pruned[group].end_block * BLOCK:
+                        continue
                     block = int(table.gpu[row, position // BLOCK])
                     require(block > 0, "a token is written to the null block")
                     self.memory[block][position % BLOCK] = slots[position]
+            for group, do in pruned.items():
+                require(do.num_tokens == tokens, do, "prunes", tokens, "tokens")
+                self.fill(life, group, do)
         for layer in self.layers:
             if window := getattr(layer, "observation_window", None):
                 window.capture(torch.tensor(queries))
         for group in range(len(self.tables)):
             self._attend(group, batch, counts.tolist())
         return None
+
+    def fill(self, life: Life, group: int, do: Compress, stay: int = 0) -> None:
+        """Write the tokens that are kept behind the blocks which stay."""
+        life.pack(group, do)
+        for i, block in list(enumerate(do.destination))[stay:]:
+            self.memory[block] = life.private[group][i * BLOCK : (i + 1) * BLOCK]
 
     def _attend(self, group: int, batch: list[str], counts: list[int]) -> None:
         """Read the rows as kernels do: shifted left, and shorter."""
@@ -280,6 +299,9 @@ class Worker:
         rows, lengths = seen.block_table_tensor.tolist(), seen.seq_lens.tolist()
         for i, (request_id, row) in enumerate(zip(batch, rows, strict=True)):
             life, length = self.lives[request_id], lengths[i]
+            do = self.compression._plan.compress.get(request_id, {}).get(group)
+            if do and do.pruned:  # it reads what it has just written
+                continue
             wanted = life.held(group)
             fits = length == len(wanted) <= seen.max_seq_len
             require(fits, "length", length, "instead of", len(wanted))

@@ -274,6 +274,10 @@ class KVCompressionConfig(BaseModel):
         by_layer: Sequence[int]
         method = self.scorers[scorer]
         layers = sum(map(len, tiers))
+        if method.owns_budget:
+            by_layer = method.layer_budgets(num_tokens, 0, layers)
+            least = method.queries_wanted(num_tokens) + method.always_kept
+            return whole_block_budgets(by_layer, tiers, num_tokens, least, block_size)
         if scorer == DECODE and self.decode and self.decode.budget:
             by_layer = [self.decode.budget] * layers
         elif self.layer_budgets:
@@ -281,9 +285,6 @@ class KVCompressionConfig(BaseModel):
         else:
             budget = self.prompt_budget(num_tokens, block_size, requested)
             by_layer = method.layer_budgets(num_tokens, budget, layers)
-        if method.owns_budget:
-            least = method.queries_wanted(num_tokens) + method.always_kept
-            return whole_block_budgets(by_layer, tiers, num_tokens, least, block_size)
         if requested is not None:
             by_layer = [min(budget, requested) for budget in by_layer]
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))

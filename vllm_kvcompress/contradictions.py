@@ -78,6 +78,11 @@ def _over_time(config: "KVCompressionConfig") -> Iterator[str]:
                 f"decode.{key} cannot be given for {decode.scorer.name}, whose own "
                 "parameters say when and what; drop it"
             )
+    elif decode and decode.scorer.owns_budget:
+        yield (
+            f"decode.method={decode.scorer.name} keeps all that is generated with "
+            "these parameters; drop decode"
+        )
     elif decode:
         intervals["decode.interval"] = decode.interval
     if config.prefill == "incremental":

@@ -1,5 +1,6 @@
 """PyramidInfer prunes every family it says it does, like transformers' own layers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from tests.engine.conftest import BLOCK, VOCAB, engine, generate, prompt
 from vllm_kvcompress import stats
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer
 from vllm_kvcompress.ops.select import select
 
@@ -121,3 +122,19 @@ def test_first_token_is_that_of_transformers_layers(folder: Path) -> None:
     expected, lost = pruned_by_hand(folder, tokens)
     assert counted["tokens_evicted"] == lost > 0
     assert float((answer.logprobs[0] - expected).abs().max()) < 5e-4
+
+
+def test_layers_of_two_kinds_are_refused(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention"]
+    config.update(layer_types=kinds, sliding_window=64)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(llama / "model.safetensors")
+    settings = {"method": "pyramidinfer", "layers_per_tier": 1}
+    config = {"kv_compression": settings}
+    refused = pytest.raises(ConfigError, match="add prune=false")
+    with refused, engine(tmp_path, additional_config=config):
+        pass
+    config = {"kv_compression": {**settings, "prune": False}}
+    with engine(tmp_path, additional_config=config) as llm:
+        generate(llm, [prompt(300)], 2)

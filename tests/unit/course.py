@@ -1,12 +1,27 @@
 """What has to become of a request, worked out again with plain loops."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.simulator import BLOCK
-from vllm_kvcompress.budget import smallest_budget, tier_budgets
+from vllm_kvcompress.budget import smallest_budget, tier_budgets, whole_block_budgets
 from vllm_kvcompress.config import DECODE, KEY, KVCompressionConfig
+
+
+class Target(NamedTuple):
+    """What becomes of one group.
+
+    Attributes:
+        end_block: Blocks that are replaced, from the request's start on.
+        kept: Blocks that replace them.
+        candidates: Held tokens of which some go, None = of all that are replaced.
+    """
+
+    end_block: int
+    kept: int
+    candidates: tuple[int, int] | None = None
 
 
 @dataclass
@@ -17,14 +32,16 @@ class Next:
         due: It comes with the step that computes the last of so many tokens.
         scorer: Which method rates them.
         window: The last of them, whose queries it sees.
-        targets: Group -> blocks replaced from the request's start on, private blocks.
+        targets: By group.
+        prune: Whether higher layers do not even compute what is dropped.
         late: Whether private blocks were missing when it was due.
     """
 
     due: int
     scorer: str
     window: int
-    targets: dict[int, tuple[int, int]]
+    targets: dict[int, Target]
+    prune: bool
     late: bool = False
 
 
@@ -38,6 +55,7 @@ class Course:
         prompt: Its length.
         max_tokens: As the request asks.
         wish: The request's own settings.
+        room: Tokens that always find room in one step.
     """
 
     config: KVCompressionConfig
@@ -45,10 +63,20 @@ class Course:
     prompt: int
     max_tokens: int
     wish: dict[str, Any]
+    room: int
 
     def __post_init__(self) -> None:
         self.replaced = dict.fromkeys(self.tiers, 0)  # blocks, by group
         self.private = dict.fromkeys(self.tiers, 0)
+        # Blocks in front that still hold what was computed into them.
+        self.front: dict[int, int] = {}
+        # By the rule for generated tokens: decided upon so far, blocks that went.
+        self.decided = dict.fromkeys(self.tiers, self.prompt)
+        self.gone = dict.fromkeys(self.tiers, 0)
+        wished = self.wish.get(KEY)
+        offered = wished in self.config.request_methods
+        self.reading = wished if offered else self.config.method
+        self.writing = DECODE if self.config.decode else self.reading
         self.next = self._after(0)
 
     def lost(self, group: int) -> int:
@@ -58,47 +86,102 @@ class Course:
     def planned(self, compression: Next, groups: Iterable[int], computed: int) -> None:
         """With so many tokens computed, some groups are compressed, others later."""
         for group in groups:
-            self.replaced[group], self.private[group] = compression.targets.pop(group)
+            before, target = self.lost(group), compression.targets.pop(group)
+            self.replaced[group], self.private[group], candidates = target
+            stay = candidates[0] // BLOCK if candidates else 0
+            self.front[group] = min(stay, self.front.get(group, stay))
+            if candidates:
+                self.decided[group] = candidates[1] + before * BLOCK
+                self.gone[group] += self.lost(group) - before
         compression.late = bool(compression.targets)
         if not compression.late:
-            self.next = self._after(computed)
+            self.next = self._after(computed, compression.due)
 
-    def _dues(self) -> Iterator[int]:
-        """After how many tokens a compression may come; the last is not computed."""
-        config, prompt = self.config, self.prompt
+    def _dues(self) -> Iterator[tuple[int, int]]:
+        """After how many tokens a compression may come; the last is not computed.
+
+        With how often until then another ``gen_interval`` had left the recent ones.
+        """
+        config, prompt, times = self.config, self.prompt, 0
         widest = max(scorer.needs_queries for scorer in config.scorers.values())
-        for tokens in range(1, prompt + self.max_tokens - 1):
+        rule: Any = config.scorers[self.writing]
+        end = prompt + self.max_tokens - 1
+        if config.scorers[self.reading].prunes:
+            end = max(end, prompt + 1)
+        for tokens in range(1, end):
             if tokens < prompt:
                 whole = tokens % config.prefill_interval == 0
                 apart = tokens + widest <= prompt
                 fits = config.prefill == "incremental" and whole and apart
+            elif tokens > prompt and rule.generates:
+                recent = rule.queries_wanted(tokens)
+                fits = tokens - recent == prompt + (times + 1) * rule.gen_interval
+                times += fits
             elif tokens > prompt:
                 decode = config.decode
                 fits = decode and (tokens - prompt) % decode.interval == 0
             if tokens == prompt or fits:
-                yield tokens
+                yield tokens, times
 
-    def _after(self, computed: int) -> Next | None:
-        """The first compression whose window is still to come, and which helps."""
+    def _after(self, computed: int, before: int = 0) -> Next | None:
+        """The first compression whose window can be seen, and which helps.
+
+        Args:
+            computed: Tokens so far, and
+            before: so many when the latest compression was due.
+        """
         if self.wish.get(KEY) == "off":
             return None
-        for due in self._dues():
-            name = self.wish.get(KEY)
-            scorer = name if name in self.config.request_methods else self.config.method
-            if due > self.prompt:
-                scorer = DECODE
-            window = self.config.scorers[scorer].needs_queries
-            if due - window < computed or due == computed:
+        for due, times in self._dues():
+            scorer = self.writing if due > self.prompt else self.reading
+            method = self.config.scorers[scorer]
+            window = method.queries_wanted(due)
+            rules = method.generates and due > self.prompt
+            # What its windows have in common is kept, unless the last one was late.
+            kept = rules and computed == before
+            if due <= computed or (due - window < computed and not kept):
                 continue
-            targets = {}
-            for group, budget in self._budgets(scorer).items():
-                whole, tail = divmod(due - self.lost(group) * BLOCK, BLOCK)
-                kept = (budget - tail) // BLOCK
-                if kept < whole:
-                    targets[group] = (whole + self.lost(group), kept)
+            found = self._shed(method, due, times) if rules else self._fit(scorer, due)
+            targets = {
+                group: target
+                for group, target in found.items()
+                if target.end_block - target.kept > self.lost(group)
+            }
             if targets:
-                return Next(due, scorer, window, targets)
+                prune = method.prunes and due == self.prompt <= self.room
+                return Next(due, scorer, window, targets, prune)
         return None
+
+    def _fit(self, scorer: str, due: int) -> dict[int, Target]:
+        """What a budget leaves."""
+        targets = {}
+        for group, budget in self._budgets(scorer).items():
+            whole, tail = divmod(due - self.lost(group) * BLOCK, BLOCK)
+            kept = min(whole, (budget - tail) // BLOCK)
+            targets[group] = Target(whole + self.lost(group), kept)
+        return targets
+
+    def _shed(self, rule: Any, due: int, times: int) -> dict[int, Target]:
+        """What the rule for generated tokens leaves, by whole blocks."""
+        layers = sum(len(tier) for tier in set(self.tiers.values()))
+        recent = due - rule.queries_wanted(due)
+        targets = {}
+        for group, tier in self.tiers.items():
+            lost = 0
+            for layer in tier:
+                low = (math.cos(math.pi * layer / layers) + 1) / 2
+                share = rule.gen_decay_ratio + (1 - rule.gen_decay_ratio) * low
+                kept = int(rule.gen_interval * rule.gen_keep_ratio * share)
+                lost += times * (rule.gen_interval - max(kept, 1))
+            # Only whole blocks are laid out anew, and so decided upon.
+            end_block = min(-(-recent // BLOCK), due // BLOCK)
+            first, end = self.decided[group], min(recent, end_block * BLOCK)
+            go = lost // len(tier) // BLOCK - self.gone[group]
+            go = min(go, (end - first) // BLOCK)
+            held = self.lost(group)
+            candidates = (first - held * BLOCK, end - held * BLOCK)
+            targets[group] = Target(end_block, end_block - held - go, candidates)
+        return targets
 
     def _budgets(self, scorer: str) -> dict[int, int]:
         """Tokens per layer that stay in each group; a request asks for less only."""
@@ -108,6 +191,12 @@ class Course:
         )
         tiers = sorted(set(self.tiers.values()))
         layers = sum(len(tier) for tier in tiers)
+        method = config.scorers[scorer]
+        if method.owns_budget:
+            by_layer = method.layer_budgets(self.prompt, 0, layers)
+            least = method.queries_wanted(self.prompt) + method.always_kept
+            whole = whole_block_budgets(by_layer, tiers, self.prompt, least, BLOCK)
+            return {group: whole[tier] for group, tier in self.tiers.items()}
         by_layer = list(config.layer_budgets or ())
         if scorer == DECODE and config.decode and config.decode.budget:
             by_layer = [config.decode.budget] * layers
@@ -116,7 +205,6 @@ class Course:
             if config.keep_ratio:
                 budget = max(int(self.prompt * config.keep_ratio), least)
             budget = min(budget, asked or budget)
-            method = config.scorers[scorer]
             by_layer = method.layer_budgets(self.prompt, budget, layers)
         by_layer = [min(budget, asked or budget) for budget in by_layer]
         shared = tier_budgets(by_layer, tiers, least)

@@ -16,8 +16,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from tests.simulator import BLOCK, STOP, Slot, Worker, chain, require
-from tests.unit.course import Course
-from tests.unit.workloads import MAX_LEN, RUNNERS, Workload, configs
+from tests.unit.course import Course, Target
+from tests.unit.engines import configs
+from tests.unit.workloads import MAX_LEN, RUNNERS, Workload
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.scheduler import (
@@ -184,6 +185,7 @@ class Run:
                 request.num_prompt_tokens,
                 params.max_tokens,
                 params.extra_args or {},
+                self.load.room,
             )
             self.courses[request.request_id] = (life, course)
         return course
@@ -196,7 +198,7 @@ class Run:
         scheduler._hit_limit = limit
         if wanted := self.course(request).next:
             most = (wanted.due - max(wanted.window, 1)) // BLOCK
-            hit = min(stock, most * BLOCK)
+            hit = 0 if wanted.prune else min(stock, most * BLOCK)
         # Sliding windows are not held at every length.
         fits = found[1] == hit or ("W" in self.load.groups and found[1] < hit < stock)
         require(fits, request.request_id, "hits", found[1], "tokens and not", hit)
@@ -223,6 +225,8 @@ class Run:
         first, last = max(start, due - wanted.window), min(end, due)
         window = (first - start, last - start) if first < last else None
         require(observed == window, request_id, "observed", observed, "not", window)
+        whole = not wanted.prune or (start == 0 and end >= due)
+        require(whole, request_id, "is pruned in two steps")
         if end < due:
             require(not now, request_id, "is compressed too early", now)
             return 0
@@ -233,26 +237,34 @@ class Run:
             self.seen["tiers apart"] += len(targets) > 1
         for group, do in now.items():
             require(group in wanted.targets, request_id, "group", group, "unasked", do)
-            asked = (wanted.scorer, due, *wanted.targets[group], course.lost(group))
-            done = (do.scorer, do.num_tokens, do.end_block, len(do.destination))
-            require((*done, do.shift) == asked, do, "and not", asked)
+            target = wanted.targets[group]
+            pruned = wanted.prune and min(self.tiers[group]) > 0
+            asked = (wanted.scorer, due, wanted.window, *target, course.lost(group))
+            done = (do.scorer, do.num_tokens, do.window, do.end_block)
+            done = (*done, len(do.destination), do.candidates, do.shift)
+            require((*done, do.pruned) == (*asked, pruned), do, "and not", asked)
             self.count(request, do)
         course.planned(wanted, now, end)
+        require(not (wanted.prune and wanted.late), request_id, "is pruned too late")
         for group, target in wanted.targets.items():
-            self.check_dry(request_id, group, *target)
+            self.check_dry(request_id, group, target)
         return wanted.late and not was_late
 
-    def check_dry(self, request_id: str, group: int, end_block: int, kept: int) -> None:
+    def check_dry(self, request_id: str, group: int, target: Target) -> None:
         """A group waits for no other reason than private blocks.
 
         None has become free since it asked: blocks are freed between steps.
         """
         manager = self.managers[group]
+        require(request_id in manager._compressed, request_id, "was to be compressed")
         state = manager._compressed[request_id]
-        source = manager.req_to_blocks[request_id][state.end_block : end_block]
-        own = [b for b in state.destination + source if b.ref_cnt == 1]
-        room = len(own) + self.pool.get_num_free_blocks()
-        require(room < kept, request_id, "group", group, "waits with room for", room)
+        stay = target.candidates[0] // BLOCK if target.candidates else 0
+        listed = manager.req_to_blocks[request_id]
+        source = state.destination + listed[state.end_block : target.end_block]
+        own = [b for b in source[stay:] if b.ref_cnt == 1]
+        room = stay + len(own) + self.pool.get_num_free_blocks()
+        what = f"{request_id} group {group}"
+        require(room < target.kept, what, "waits with room for", room)
 
     def count(self, request: Request, do: Compress) -> None:
         """Count a compression, and of what kind it is."""
@@ -262,6 +274,8 @@ class Run:
             "while generating": do.num_tokens > prompt,
             "once more": do.shift > 0,
             "again": request.num_preemptions > 0,
+            "pruned": do.pruned,
+            "generated tokens go": do.candidates is not None,
             "late": request.num_computed_tokens > do.num_tokens,
             "by another method": do.scorer in self.config.request_methods,
             "beyond the pool": prompt > (len(self.pool.blocks) - 1) * BLOCK,
@@ -281,7 +295,10 @@ class Run:
                 continue
             state = manager._compressed.get(request_id)
             destination = state.destination if state else []
-            self.check_private(life.kept.get(group), destination)
+            known = [block.block_id for block in destination]
+            kept = life.kept[group].destination if group in life.kept else ()
+            require(known == list(kept), "the worker keeps", kept, "not", known)
+            self.check_private(destination[course.front.get(group, 0) :])
             nulls = [block.is_null for block in blocks]
             replaced = course.replaced[group]
             wanted = [entry < replaced for entry in range(len(blocks))]
@@ -309,15 +326,12 @@ class Run:
             found = self.worker.memory[block.block_id][: len(own)]
             require(block.is_null or found == own, "entry", entry, found, "not", own)
 
-    def check_private(self, do: Compress | None, destination: list[Any]) -> None:
-        """Invariants 2, 6: blocks as the worker knows them, unhashed, in one request.
+    def check_private(self, filled: list[Any]) -> None:
+        """Invariants 2, 6: no hash leads to blocks that were filled, and one request.
 
         A block with one reference is in one request, see `check_pool`.
         """
-        ids = tuple(block.block_id for block in destination)
-        known = do.destination if do else ()
-        require(ids == known, "the worker keeps", known, "not", ids)
-        for block in destination:
+        for block in filled:
             require(not block.block_hash, block.block_id, "is private and hashed")
             require(block.ref_cnt == 1, block.block_id, "is not private")
 

@@ -59,6 +59,15 @@ def test_from_dict_leaves_its_argument_alone():
         ({"decode": {"budget": 9}}, ["budget=9", "larger than"]),
         ({"prefill": "fast"}, ["prefill='fast'", "exact", "incremental"]),
         ({"prefill": "incremental"}, ["prefill='incremental'", "decode"]),
+        (
+            {
+                "prefill": "incremental",
+                "decode": {},
+                "method": "pyramidkv",
+                "request_methods": ["pyramidinfer"],
+            },
+            ["prefill='incremental'", "for all methods"],
+        ),
         ({"request_methods": ["nope"]}, ["'nope'", "snapkv"]),
         ({"request_methods": {"knorm": 1}}, ["request_methods.knorm", "mapping"]),
         ({"request_methods": ["pyramidkv"]}, ["pyramidkv", "method=snapkv"]),
@@ -74,6 +83,10 @@ def test_from_dict_leaves_its_argument_alone():
         (
             {"method": "pyramidinfer", "decode": {"interval": 64}},
             ["decode.interval", "pyramidinfer"],
+        ),
+        (
+            {"decode": {"method": "pyramidinfer", "gen_interval": 0}},
+            ["decode.method=pyramidinfer", "drop decode"],
         ),
         ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
         ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
@@ -135,3 +148,6 @@ def test_a_budget_is_for_the_methods_that_take_one(more: dict[str, Any]) -> None
     config = KVCompressionConfig.from_dict({**settings, "budget": 512})
     assert KVCompressionConfig.from_dict(config.settings()) == config
     assert config.budget == 512
+    layered = KVCompressionConfig.from_dict({**settings, "layer_budgets": [512, 1024]})
+    budgets = layered.tier_budgets("pyramidinfer", layered.tiers(2), 2048, 16)
+    assert budgets == {(0,): 2048, (1,): 1888}, "its own, which fall with depth"

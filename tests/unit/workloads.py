@@ -1,31 +1,18 @@
 """Crowded little engines for the simulator, as hypothesis thinks of them."""
 
-import copy
-import json
-import tempfile
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import (
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-)
 
-from tests.simulator import BLOCK, VOCAB, answer
-from vllm_kvcompress.config import KEY, KVCompressionConfig
+from tests.simulator import BLOCK, answer
+from vllm_kvcompress.config import KEY
 from vllm_kvcompress.engine.runner import RunnerV1, RunnerV2
-from vllm_kvcompress.engine.spec import CompressedAttentionSpec
 
 MAX_LEN = 64
-SLIDING_WINDOW = 7
 LAYERS_PER_GROUP = 2
+SOME_TOKENS = [1, 2, 5, 9, 16, 30]
+PYRAMID = "pyramidinfer"
 RUNNERS = {"V1": RunnerV1, "V2": RunnerV2}
 
 
@@ -75,11 +62,17 @@ class Workload:
     spare_blocks: int = 0
     reserve: bool = True
 
+    @property
+    def room(self) -> int:
+        """Tokens for which each step has room, whatever else it does."""
+        room = self.chunk - self.max_seqs
+        return min(room, self.long_prefill or room)
+
     def tiers(self) -> dict[int, tuple[int, ...]]:
         """Layers that share a group's budget, by group."""
         layers = list(range(self.groups.count("C") * LAYERS_PER_GROUP))
         tiered = "layer_budgets" in self.settings
-        tiered = tiered or self.settings["method"] == "pyramidkv"
+        tiered = tiered or self.settings["method"] in ("pyramidkv", "pyramidinfer")
         found = {}
         for group, letter in enumerate(self.groups):
             if letter == "C":
@@ -109,6 +102,16 @@ def _method(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
             "window": st.integers(1, 6),
             "beta": st.sampled_from([1, 2, 20]),
         },
+        "pyramidinfer": {
+            "recent_ratio": st.sampled_from([0.05, 0.2, 0.4]),
+            "decay_ratio": st.sampled_from([0.5, 0.8, 1.0]),
+            "strategy": st.sampled_from(["constant", "linear"]),
+            "min_context": st.integers(0, 4),
+            "sinks": st.integers(0, 2),
+            "prune": st.sampled_from([True, True, False]),
+            "gen_interval": st.sampled_from([2, 3, 4, 6]),
+            "gen_keep_ratio": st.sampled_from([0.0, 0.5, 0.9]),
+        },
     }
     return st.sampled_from(names).flatmap(
         lambda name: st.fixed_dictionaries(
@@ -119,22 +122,30 @@ def _method(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def _settings(
-    draw: st.DrawFn, layers: int, decode: bool, layered: bool, incremental: bool
+    draw: st.DrawFn,
+    layers: int,
+    decode: bool,
+    layered: bool,
+    incremental: bool,
+    pyramid: bool,
 ) -> tuple[dict[str, Any], _Needs]:
     """What a server compresses, when, and how much of it."""
     plain = ["streamingllm", "snapkv"]
     sizes = ["budget", "budget", "budget", "keep_ratio"]
-    settings = draw(_method([*plain, "pyramidkv"] if layered else plain))
+    first = [*plain, "pyramidkv"] if layered else plain
+    settings = draw(_method([PYRAMID] if pyramid and layered else first))
     if layered and settings["method"] in plain:
         sizes = ["layer_budgets"]
     elif incremental:
         sizes = ["budget"]
     methods = [dict(settings)]
     if decode:
-        settings["decode"] = draw(st.just({}) | _method(plain))
-        methods += [settings["decode"]] if settings["decode"] else []
+        rule = pyramid and not layered
+        follows = _method([PYRAMID]) if rule else st.just({}) | _method(plain)
+        settings["decode"] = draw(follows)
+        methods += [dict(settings["decode"])] if settings["decode"] else []
     if draw(st.integers(0, 3)) == 0:
-        offered = [*plain, "pyramidkv"] if layered else plain
+        offered = first if incremental or not layered else [*first, PYRAMID]
         others = [draw(_method([name])) for name in offered if draw(st.booleans())]
         methods += others
         settings["request_methods"] = {
@@ -142,18 +153,21 @@ def _settings(
             for other in others
         }
     window = max(method.get("window", 0) for method in methods)
-    kept = max(window, *(method.get("sinks", 0) for method in methods), 1)
+    sinks = [m.get("sinks", 0) + (m["method"] == PYRAMID) for m in methods]
+    kept = max(window, *sinks, 1)
     least = BLOCK + kept - 1
     budget = st.integers(least, least + 12)
     size = draw(st.sampled_from(sizes))
-    if size == "budget":
+    if all(method["method"] == PYRAMID for method in methods):
+        pass
+    elif size == "budget":
         settings[size] = draw(budget)
     elif size == "keep_ratio":
         settings[size] = draw(st.sampled_from([0.3, 0.6] + [1.0] * 2 * decode))
     else:
         budgets = st.lists(budget, min_size=layers, max_size=layers)
         settings[size] = draw(budgets)
-    if decode:
+    if decode and settings["decode"].get("method", settings["method"]) != PYRAMID:
         interval = draw(st.sampled_from([3, 4, 7, 12]))
         settings["decode"]["interval"] = max(interval, window, 1)
         if draw(st.booleans()) or settings.get("keep_ratio") == 1.0:
@@ -176,6 +190,9 @@ def _wish(draw: st.DrawFn, settings: dict[str, Any], least: int) -> dict[str, An
     if kind == "method":
         others = list(settings.get("request_methods", ()))
         wish[KEY] = draw(st.sampled_from(["on", settings["method"], *others]))
+    method = wish.get(KEY, "on")
+    if PYRAMID in (method, settings["method"] if method == "on" else method):
+        return wish  # its own parameters say what is kept
     if kind and draw(st.booleans() if kind == "method" else st.just(True)):
         fixed = settings.get("budget") or max(settings.get("layer_budgets", [MAX_LEN]))
         wish[f"{KEY}_budget"] = draw(st.integers(least, max(least, fixed)))
@@ -188,6 +205,7 @@ def workloads(
     decode: bool | None = None,
     layered: bool | None = None,
     incremental: bool | None = None,
+    pyramid: bool | None = None,
     **fixed: Any,
 ) -> Workload:
     """Prompts around the budget, and pools just large enough.
@@ -197,21 +215,28 @@ def workloads(
         decode: Whether requests are compressed while they generate; None = drawn.
         layered: Whether budgets differ by layer.
         incremental: Whether prompts are compressed while they are read.
+        pyramid: Whether PyramidInfer reads prompts, or at least rules the answers.
         fixed: Fields of the workload that are not drawn.
     """
     seldom = st.sampled_from([False, False, True])
     if incremental is None:
-        incremental = decode is not False and draw(seldom)
+        incremental = not pyramid and decode is not False and draw(seldom)
     if decode is None:
         decode = incremental or draw(st.booleans())
+    if pyramid is None:
+        pyramid = not incremental and draw(seldom)
     if layered is None:
-        layered = draw(seldom)
+        layered = draw(seldom) != pyramid
     plain = ["C", "C", "CC", "CW", "CWC"]
     choice = st.sampled_from(["CC", "CWC"] if layered else plain)
     groups = fixed.pop("groups", None) or draw(choice)
-    settings, needs = draw(
-        _settings(groups.count("C") * LAYERS_PER_GROUP, decode, layered, incremental)
-    )
+    layers = groups.count("C") * LAYERS_PER_GROUP
+    settings, needs = draw(_settings(layers, decode, layered, incremental, pyramid))
+    if "W" in groups:  # the pruner knows compressed layers only
+        others = settings.get("request_methods", {}).values()
+        for method in (settings, settings.get("decode", {}), *others):
+            if "prune" in method:
+                method["prune"] = False
     budget = settings.get("budget", needs.least + 6)
     lengths = [0, 8, 15, 16, 17, 24, 31, 40]
     starts = draw(st.lists(st.sampled_from(lengths), min_size=1, max_size=3))
@@ -232,7 +257,7 @@ def workloads(
                 shared,
                 draw(st.sampled_from([0, 0, 3, 9])),
                 own,
-                draw(st.sampled_from([1, 2, 5, 9, 16, 30])),
+                draw(st.sampled_from([1, 9, 30, 40] if pyramid else SOME_TOKENS)),
                 draw(_wish(settings, needs.least)) or None,
                 draw(st.integers(0, 2)),
             )
@@ -244,7 +269,7 @@ def workloads(
         "asynchronous": st.booleans(),
         "caching": st.sampled_from([True, True, False]),
         "policy": st.sampled_from(["fcfs", "fcfs", "priority"]),
-        "chunk": st.sampled_from([5, 8, 13, 24, 64]).map(
+        "chunk": st.sampled_from([24, 64] if pyramid else [5, 8, 13, 24, 64]).map(
             lambda n: max(n, needs.window)
         ),
         "long_prefill": st.sampled_from([0, 0, max(7, needs.window)]),
@@ -255,64 +280,3 @@ def workloads(
     rest = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
     disturbances = draw(st.lists(events, max_size=4))
     return Workload(settings, arrivals, disturbances, groups, **rest, **fixed)
-
-
-# vLLM's configuration -----------------------------------------------------------------
-
-
-@cache
-def base_config() -> VllmConfig:
-    """vLLM's configuration for a model that is never built."""
-    llama = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": MAX_LEN,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(llama))
-        return EngineArgs(
-            model=folder,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_model_len=MAX_LEN,
-            enforce_eager=True,
-        ).create_engine_config()
-
-
-def configs(load: Workload) -> tuple[VllmConfig, KVCacheConfig]:
-    """A workload's engine, with at least the blocks that vLLM insists on."""
-    config = copy.copy(base_config())
-    config.additional_config = {KEY: load.settings}
-    scheduler = config.scheduler_config = copy.copy(config.scheduler_config)
-    scheduler.async_scheduling = load.asynchronous
-    scheduler.policy = load.policy
-    scheduler.max_num_batched_tokens = load.chunk
-    scheduler.max_num_scheduled_tokens = None
-    scheduler.long_prefill_token_threshold = load.long_prefill
-    scheduler.max_num_seqs = load.max_seqs
-    scheduler.scheduler_reserve_full_isl = load.reserve
-    common = dict(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    most_tokens = KVCompressionConfig.from_dict(load.settings).most_tokens
-    tiers, specs = load.tiers(), []
-    for group in range(len(load.groups)):
-        if group in tiers:
-            spec = CompressedAttentionSpec(
-                **common, tier=tiers[group], most_tokens=most_tokens
-            )
-        else:
-            spec = SlidingWindowSpec(**common, sliding_window=SLIDING_WINDOW)
-        specs.append(spec)
-    blocks = 1 + load.spare_blocks
-    for spec in specs:
-        blocks += spec.max_memory_usage_bytes(config) // spec.page_size_bytes
-    cache_config = config.cache_config = copy.copy(config.cache_config)
-    cache_config.enable_prefix_caching = load.caching
-    cache_config.block_size = BLOCK
-    cache_config.num_gpu_blocks = blocks
-    groups = [KVCacheGroupSpec([str(i)], spec) for i, spec in enumerate(specs)]
-    return config, KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=groups)

@@ -84,9 +84,21 @@ class Planner:
         return settings, "one_token" if request.max_tokens == 1 else "short"
 
     def next(
-        self, request: Request, settings: RequestSettings, computed: int
+        self,
+        request: Request,
+        settings: RequestSettings,
+        computed: int,
+        observed: int = 0,
     ) -> Course | None:
-        """The first compression after ``computed`` tokens that frees a block."""
+        """The first compression after ``computed`` tokens that frees a block.
+
+        Args:
+            request: It is compressed,
+            settings: as it asked for.
+            computed: Its tokens so far.
+            observed: Where the queries kept of them end: a late compression has let
+                those behind it pass.
+        """
         prompt = request.num_prompt_tokens
         end = prompt + request.max_tokens - 1
         method = settings.method or self._config.method
@@ -94,7 +106,8 @@ class Planner:
             scorer = self._config.scorers[name]
             window = scorer.queries_wanted(due)
             if due > prompt and scorer.generates:
-                if due <= computed:
+                missed = observed != computed and due - window < computed
+                if due <= computed or missed:
                     continue
                 targets = self._shed(request, scorer, due)
             else:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
+from ..config import KEY, ConfigError
 from ..methods.base import Scorer
 from ..ops.select import select
 from ..plan import Compress, StepPlan
@@ -75,14 +76,23 @@ class Pruner:
             model: vLLM's.
             tiers: From the lowest to the highest.
             scorers: By name.
+
+        Raises:
+            ConfigError: Some layers are in no tier, such as those of a sliding window.
         """
         self._model, self._tiers, self._scorers = model, tiers, scorers
         tier_of = {id(a): number for number, t in enumerate(tiers) for a in t.layers}
         self._tier_of: dict[nn.Module, int] = {}
         for module in model.modules():
             attention = getattr(getattr(module, "self_attn", None), "attn", None)
-            if attention is not None:
-                self._tier_of[module] = tier_of[id(attention)]
+            if attention is None:
+                continue
+            if id(attention) not in tier_of:
+                raise ConfigError(
+                    f"{KEY}: not every layer of this model can be compressed, so none "
+                    "can be pruned; add prune=false, which drops KV only"
+                )
+            self._tier_of[module] = tier_of[id(attention)]
         self._handles: list[Any] = []
 
     def begin(

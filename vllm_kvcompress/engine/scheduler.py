@@ -219,7 +219,7 @@ class CompressedScheduler(Scheduler):
             self._exact_tokens.setdefault(request_id, computed)
         if not course.targets:
             self._courses[request_id] = self._planner.next(
-                request, course.settings, computed
+                request, course.settings, computed, course.due
             )
         elif not course.dry:
             course.dry = True
