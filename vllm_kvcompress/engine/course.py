@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm.config import SchedulerConfig
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from ..budget import Fit
@@ -15,6 +16,8 @@ from ..config import KVCompressionConfig
 from ..methods.base import Scorer
 from .manager import CompressedKVManager
 from .requests import RequestSettings, request_settings
+
+logger = init_logger("vllm.plugins.kv_compression")
 
 
 @dataclass
@@ -141,10 +144,14 @@ class Planner:
         """Whether a prompt always finds room in one step; all of it has to."""
         config = self._scheduler_config
         room = config.max_num_batched_tokens - config.max_num_seqs
-        threshold = config.long_prefill_token_threshold or room
+        room = min(room, config.long_prefill_token_threshold or room)
         params = request.sampling_params
-        return (
-            request.num_prompt_tokens <= min(room, threshold)
-            and params is not None
-            and params.prompt_logprobs is None
-        )
+        if request.num_prompt_tokens > room:
+            logger.warning_once(
+                "KV compression: a prompt is longer than the %d tokens that always fit "
+                "into one step, so it is not pruned: each layer drops KV by its own "
+                "attention, another approximation. Raise --max-num-batched-tokens.",
+                room,
+            )
+            return False
+        return params is not None and params.prompt_logprobs is None
