@@ -8,6 +8,8 @@ from torch.nn.functional import silu
 from tests.dense import DenseLlama
 
 Tensor = torch.Tensor
+# Keywords of an engine in which prompts of up to 792 tokens are always pruned.
+ONE_STEP = {"max_num_batched_tokens": 800, "max_num_seqs": 8}
 # layer, its queries [tokens, query_heads, head_size] and keys [kv_heads, tokens,
 # head_size] -> which of these tokens enter the next layer, ascending.
 Choice = Callable[[int, Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from tests.engine.conftest import (
     prompt,
     save_llama,
 )
-from tests.pruned import Choice, PrunedLlama, Shed
+from tests.pruned import ONE_STEP, Choice, PrunedLlama, Shed
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer
@@ -82,8 +82,7 @@ def test_prefill_and_decode_are_the_dense_models(deep: Path, compiled: bool) -> 
         deep,
         additional_config={"kv_compression": SETTINGS},
         enforce_eager=not compiled,
-        max_num_batched_tokens=800,
-        max_num_seqs=8,
+        **ONE_STEP,
     ) as llm:
         before = free_blocks(llm)
         answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], COUNT)
@@ -109,8 +108,7 @@ def test_the_lowest_tier_loses_what_it_has_computed(deep: Path) -> None:
     with engine(
         deep,
         additional_config={"kv_compression": settings},
-        max_num_batched_tokens=800,
-        max_num_seqs=8,
+        **ONE_STEP,
     ) as llm:
         (answer,) = generate(llm, [prompt(length)], COUNT)
     config, dense = KVCompressionConfig.from_dict(settings), PrunedLlama(deep)
@@ -176,9 +174,7 @@ def test_generated_tokens_go_as_published(deep: Path, prune: bool) -> None:
     lengths = [150, 61]
     prompts = [prompt(n, seed=n) for n in lengths]
     config = {"kv_compression": settings}
-    with engine(
-        deep, additional_config=config, max_num_batched_tokens=800, max_num_seqs=8
-    ) as llm:
+    with engine(deep, additional_config=config, **ONE_STEP) as llm:
         before = free_blocks(llm)
         answers = generate(llm, prompts, GENERATED)
         assert free_blocks(llm) == before
@@ -226,8 +222,7 @@ def test_without_pruning_only_kv_is_dropped(deep: Path) -> None:
     with engine(
         deep,
         additional_config={"kv_compression": SETTINGS},
-        max_num_batched_tokens=800,
-        max_num_seqs=8,
+        **ONE_STEP,
     ) as llm:
         (pruned,) = generate(llm, long, 1)
     assert evicted == sum(500 - held for held in entering(SETTINGS, 500))

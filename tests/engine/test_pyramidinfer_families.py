@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import BLOCK, VOCAB, engine, generate, prompt
+from tests.pruned import ONE_STEP
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer
@@ -114,8 +115,7 @@ def test_first_token_is_that_of_transformers_layers(folder: Path) -> None:
     with engine(
         folder,
         additional_config={"kv_compression": SETTINGS},
-        max_num_batched_tokens=800,
-        max_num_seqs=8,
+        **ONE_STEP,
     ) as llm:
         (answer,) = generate(llm, [tokens], 2)
         counted = stats(llm)
