@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file
@@ -35,6 +36,10 @@ class Prefill:
     queries: list[torch.Tensor] = field(default_factory=list)
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
+
+
+# Changes what a model holds; layer -> ``[kv_heads, tokens]``, what is visible of it.
+Edit = Callable[[Prefill, list[Tensor]], None]
 
 
 class DenseLlama:
@@ -155,13 +160,20 @@ class DenseLlama:
         return torch.stack(rows)
 
     @torch.inference_mode()
-    def run(self, tokens: list[int], prompt: int, cuts: Mapping[int, Cut]) -> Tensor:
+    def run(
+        self,
+        tokens: list[int],
+        prompt: int,
+        cuts: Mapping[int, Cut],
+        edits: Mapping[int, Edit] = MappingProxyType({}),
+    ) -> Tensor:
         """Log-probabilities of everything generated, with tokens lost on the way.
 
         Args:
             tokens: The prompt and what was generated, forced.
             prompt: Length of the prompt.
             cuts: After so many tokens -> what is kept.
+            edits: After so many tokens -> a change of keys and values, before cuts.
 
         Returns:
             ``[generated, vocab]``.
@@ -182,6 +194,8 @@ class DenseLlama:
             if not start:
                 visible = [torch.ones(self.kv_heads, 0).bool()] * self.layers
             start = end
+            if end in edits:
+                edits[end](state, visible)
             if end in cuts:
                 new = torch.ones(self.kv_heads, end - visible[0].shape[1]).bool()
                 visible = [

@@ -185,3 +185,64 @@ def pyramidkv_budgets(
         low = 2 * mean - high
     step = (high - low) // (num_layers - 1)
     return [high - layer * step + window for layer in range(num_layers)]
+
+
+def slerp(
+    shallow: list[float], deep: list[float], t: float
+) -> tuple[list[float], list[float], float]:
+    """Both vectors as restored from one direction, and their angle as a share of pi.
+
+    For vectors that are neither zero nor parallel.
+    """
+    lengths = [math.hypot(*vector) for vector in (shallow, deep)]
+    u = [x / lengths[0] for x in shallow]
+    v = [x / lengths[1] for x in deep]
+    dot = math.fsum(a * b for a, b in zip(u, v, strict=True))
+    angle = math.acos(max(-1.0, min(1.0, dot)))
+    low, high = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
+    unit = [low * a + high * b for a, b in zip(u, v, strict=True)]
+    first, second = ([length * x for x in unit] for length in lengths)
+    return first, second, angle / math.pi
+
+
+def minicache(
+    shallow: tuple[torch.Tensor, torch.Tensor],
+    deep: tuple[torch.Tensor, torch.Tensor],
+    *,
+    t: float,
+    retained: int,
+    gamma: float | None = None,
+) -> tuple[list[list[torch.Tensor]], set[int]]:
+    """Merge the keys and values of one KV head in two layers.
+
+    Args:
+        shallow: Keys and values, ``[tokens, head_size]`` each.
+        deep: The same.
+        t: Weight of the deep one's direction.
+        retained: Tokens that stay as they are.
+        gamma: Of these only those within this share of the range; None = all.
+
+    Returns:
+        Keys and values as the shallow layer reads them, and as the deep one does; and
+        which tokens stayed.
+    """
+    restored = [[torch.empty_like(x) for x in layer] for layer in (shallow, deep)]
+    share = [0.0] * len(shallow[0])
+    for half in (0, 1):
+        distances = []
+        for i, (a, c) in enumerate(zip(shallow[half], deep[half], strict=True)):
+            first, second, distance = slerp(a.tolist(), c.tolist(), t)
+            restored[0][half][i] = torch.tensor(first)
+            restored[1][half][i] = torch.tensor(second)
+            distances.append(distance)
+        low, span = min(distances), max(distances) - min(distances)
+        share = [max(s, (d - low) / span) for s, d in zip(share, distances, strict=True)]
+    order = sorted(range(len(share)), key=lambda i: (-share[i], i))
+    stayed = {
+        i for i in order[:retained] if gamma is None or share[i] >= 1 - gamma
+    }
+    for own, layer in zip(restored, (shallow, deep), strict=True):
+        for half in (0, 1):
+            for i in stayed:
+                own[half][i] = layer[half][i]
+    return restored, stayed

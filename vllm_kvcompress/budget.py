@@ -6,8 +6,10 @@ blocks, as the budget leaves room for. So the kept tokens number at most the
 budget, and are congruent to n modulo the block size: slots stay logical.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 Tier = tuple[int, ...]  # numbers of layers
 
@@ -24,12 +26,15 @@ class Fit:
         tail_tokens: Tokens behind them, kept as they are.
         candidates: ``(first, end)`` of the tokens of which some go, None = of all in
             replaced blocks. Whole blocks in front stay, and count as kept.
+        merged_blocks: Of the kept blocks, behind those that stay, so many hold tokens
+            merged with those of other layers, in one group for both.
     """
 
     end_block: int
     kept_blocks: int
     tail_tokens: int
     candidates: tuple[int, int] | None = None
+    merged_blocks: int = 0
 
     @property
     def freed_blocks(self) -> int:
@@ -39,7 +44,7 @@ class Fit:
     @property
     def shrinks(self) -> bool:
         """Whether compressing frees at least one block."""
-        return self.freed_blocks > 0
+        return self.freed_blocks + self.merged_blocks > 0
 
 
 def fit(num_tokens: int, budget: int, block_size: int) -> Fit:
@@ -63,6 +68,26 @@ def shed(held: int, first: int, end: int, blocks: int, block_size: int) -> Fit:
     blocks = max(0, min(blocks, (end - first) // block_size))
     tail = held - end_block * block_size
     return Fit(end_block, end_block - blocks, tail, (first, end))
+
+
+def merged(kept: Fit, retain: float) -> Fit:
+    """The same when two layers merge what they keep.
+
+    Args:
+        kept: Of either layer.
+        retain: Share of the kept tokens that stay apart, rounded down to blocks; one
+            block at least, unless the share is 0.
+    """
+    retained = max(int(retain * kept.kept_blocks), min(1, math.ceil(retain)))
+    return replace(kept, merged_blocks=max(0, kept.kept_blocks - retained))
+
+
+def absorbed(held: int, first: int, block_size: int) -> Fit:
+    """Lay out ``held`` tokens when all whole blocks from token ``first`` on merge."""
+    end_block, tail = divmod(held, block_size)
+    end = end_block * block_size
+    count = end_block - first // block_size
+    return Fit(end_block, end_block, tail, (first, end), count)
 
 
 def smallest_budget(block_size: int, always_kept: int) -> int:
@@ -117,6 +142,40 @@ def tiers(num_layers: int, layers_per_tier: int | None) -> list[Tier]:
         tuple(range(first, first + layers_per_tier))
         for first in range(0, num_layers, layers_per_tier)
     ]
+
+
+def paired_tiers(num_layers: int, pairs: Sequence[tuple[int, int]]) -> list[Tier]:
+    """Split layers into tiers of lone, shallow and deep ones, as near in size as can be.
+
+    vLLM pads all groups to one size. Of the sizes that leave at most `MAX_TIERS` groups
+    the one is taken with which lone and shallow layers, which hold all tokens, have
+    the least padding; then the one with the fewest groups.
+
+    Args:
+        num_layers: Layers that are compressed.
+        pairs: ``(shallow, deep)`` layers; tiers of both follow in the same order.
+    """
+    paired = [layer for pair in pairs for layer in pair]
+    lone = [layer for layer in range(num_layers) if layer not in paired]
+    kinds = [lone, [a for a, _ in pairs], [b for _, b in pairs]]
+
+    def parts(size: int) -> list[int]:
+        return [-(-len(layers) // size) for layers in kinds]
+
+    sizes = range(1, num_layers + 1)
+    fitting = [size for size in sizes if sum(parts(size)) <= MAX_TIERS]
+    best = min(fitting, key=lambda n: (sum(parts(n)[:2]) * n, sum(parts(n))))
+    return [
+        tuple(part)
+        for layers, count in zip(kinds, parts(best), strict=True)
+        for part in _split(layers, count)
+    ]
+
+
+def _split(layers: list[int], count: int) -> Iterable[list[int]]:
+    """``count`` runs of layers whose lengths differ by one at most."""
+    bounds = [len(layers) * part // max(count, 1) for part in range(count + 1)]
+    return (layers[a:b] for a, b in itertools.pairwise(bounds))
 
 
 def whole_block_budgets(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from .budget import (
     Tier,
+    paired_tiers,
     prompt_budget,
     smallest_budget,
     tier_budgets,
@@ -208,7 +209,7 @@ class KVCompressionConfig(BaseModel):
             yield prompt, method
         generating = DECODE if self.decode else method
         scorer = self.scorers[generating]
-        if scorer.generates:
+        if scorer.generates or scorer.merges:
             times: Iterable[int] = scorer.decisions(prompt, end)
         elif self.decode:
             interval = self.decode.interval
@@ -218,6 +219,20 @@ class KVCompressionConfig(BaseModel):
         for tokens in times:
             yield tokens, generating
 
+    def pairs(self, num_layers: int) -> list[tuple[int, int]]:
+        """Layers of which two share one cache, see `Scorer.layer_pairs`.
+
+        Raises:
+            ConfigError: There should be some, and are none.
+        """
+        pairs = self.scorer.layer_pairs(num_layers)
+        if not pairs and self.scorer.merges:
+            raise ConfigError(
+                f"{KEY}: {self.method} finds no two layers to merge among the {num_layers} "
+                f"of this model; give a start_layer of at most {num_layers - 2}"
+            )
+        return pairs
+
     def tiers(self, num_layers: int) -> list[Tier]:
         """Layers that share a budget, from the bottom.
 
@@ -226,6 +241,8 @@ class KVCompressionConfig(BaseModel):
         """
         if not self.tiered:
             return [tuple(range(num_layers))]
+        if pairs := self.pairs(num_layers):
+            return paired_tiers(num_layers, pairs)
         if self.layer_budgets and len(self.layer_budgets) != num_layers:
             raise ConfigError(
                 f"{KEY}: layer_budgets has {len(self.layer_budgets)} entries; this "
@@ -274,6 +291,8 @@ class KVCompressionConfig(BaseModel):
         by_layer: Sequence[int]
         method = self.scorers[scorer]
         layers = sum(map(len, tiers))
+        if method.merges and method.owns_budget:
+            return dict.fromkeys(tiers, num_tokens)
         if method.owns_budget:
             by_layer = method.layer_budgets(num_tokens, 0, layers)
             least = method.queries_wanted(num_tokens) + method.always_kept

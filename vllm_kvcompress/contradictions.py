@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .methods.base import Scorer
+
 if TYPE_CHECKING:
     from .config import KVCompressionConfig
 
@@ -14,6 +16,7 @@ def contradictions(config: "KVCompressionConfig") -> Iterator[str]:
     yield from _sizes(config)
     yield from _by_head(config)
     yield from _by_layer(config)
+    yield from _merged(config)
     yield from _over_time(config)
 
 
@@ -67,6 +70,30 @@ def _by_layer(config: "KVCompressionConfig") -> Iterator[str]:
                 f"request_methods may not hold {name}, whose budgets differ by "
                 f"layer, beside method={config.method}; make it the server's method"
             )
+
+
+def _merged(config: "KVCompressionConfig") -> Iterator[str]:
+    scorer = config.scorer
+    if not scorer.merges:
+        return
+    for key in ("layer_budgets", "layers_per_tier", "decode"):
+        if getattr(config, key):
+            yield f"{key} cannot be given for {config.method}; drop it"
+    if config.prefill != "exact":
+        yield f"prefill={config.prefill!r} cannot be given for {config.method}; drop it"
+    others = [("over", getattr(scorer, "over", None))]
+    others += [("request_methods", own) for own in config.request_methods.values()]
+    for where, other in others:
+        if other and other != scorer and not _alike(other):
+            yield (
+                f"{where}={other.name} does not work with {config.method}, of which two "
+                "layers keep the same tokens; use a method like snapkv"
+            )
+
+
+def _alike(scorer: Scorer) -> bool:
+    """Whether all layers and KV heads keep equally many tokens."""
+    return not (scorer.layered or scorer.uneven or scorer.owns_budget)
 
 
 def _over_time(config: "KVCompressionConfig") -> Iterator[str]:

@@ -23,6 +23,9 @@ class Compress:
             in replaced blocks. Whole blocks in front stay: they are the first of
             ``destination``.
         pruned: The tokens are chosen during the forward, and no more are computed.
+        merged_blocks: Of ``destination``, behind what stays, so many blocks hold tokens
+            merged with those of another group's layers.
+        owner: The group that these belong to, None = this one.
     """
 
     scorer: str
@@ -33,6 +36,8 @@ class Compress:
     window: int = 0
     candidates: tuple[int, int] | None = None
     pruned: bool = False
+    merged_blocks: int = 0
+    owner: int | None = None
 
     @property
     def new_shift(self) -> int:
@@ -42,7 +47,8 @@ class Compress:
     @property
     def freed_blocks(self) -> int:
         """Blocks that go back to the pool."""
-        return self.new_shift - self.shift
+        borrowed = 0 if self.owner is None else self.merged_blocks
+        return self.new_shift - self.shift + borrowed
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Counters:
 
     compressions: int = 0
     tokens_evicted: int = 0
+    tokens_merged: int = 0
     blocks_freed: int = 0
     logical_tokens: int = 0
     retained_tokens: int = 0

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from .head_pages import HeadPages
 from .one_head import attend_by_head, one_head_builder, one_head_impl
 from .rows import RowShift
+from .shared_pages import SharingRows, attend_rows, scaling_impl
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 _PREFIX = "Compressed_"
@@ -33,6 +34,7 @@ _PREFIX = "Compressed_"
 def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
     builder_base: Any = base.get_builder_cls()
     impl_base: Any = base.get_impl_cls()
+    scales = base.get_name() == "TRITON_ATTN"  # factors of pages, in its kernel
 
     class CompressedBuilder(builder_base):
         # Groups differ in lengths, not only in their tables.
@@ -68,9 +70,15 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 metadata = builder_base.build(self._one_head, 0, by_head)
                 metadata.kv_heads = self.kv_cache_spec.num_kv_heads
                 return metadata
-            return super().build(
+            rows = []
+            if isinstance(self.row_shift, SharingRows) and not scales:
+                common_attn_metadata, rows = self.row_shift.apart(common_attn_metadata)
+            metadata = super().build(
                 common_prefix_len, common_attn_metadata, *args, **kwargs
             )
+            if rows:
+                metadata.shared_rows = rows
+            return metadata
 
         @functools.cached_property
         def _one_head(self) -> Any:
@@ -98,7 +106,10 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if kv_heads := getattr(attn_metadata, "kv_heads", 0):
                 one_head = functools.partial(impl_base.forward, self._one_head)
                 forward = functools.partial(attend_by_head, one_head, kv_heads)
-            return forward(
+            if scales and hasattr(layer, "page_scales"):
+                scaling = scaling_impl(self, layer.page_scales)
+                forward = functools.partial(impl_base.forward, scaling)
+            found = forward(
                 layer,
                 query,
                 key,
@@ -109,6 +120,9 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 *args,
                 **kwargs,
             )
+            if rows := getattr(attn_metadata, "shared_rows", None):
+                attend_rows(layer, self, rows, query, kv_cache, output)
+            return found
 
         @functools.cached_property
         def _one_head(self) -> Any:

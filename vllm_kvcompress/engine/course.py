@@ -11,7 +11,7 @@ from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from ..budget import Fit
+from ..budget import Fit, merged
 from ..config import KVCompressionConfig
 from ..methods.base import Scorer
 from .manager import CompressedKVManager
@@ -57,6 +57,21 @@ class Planner:
         # Layers alike but for their tier have pages, and so blocks, of one size.
         self._block_size = next(iter(managers.values())).block_size
         self._tiers = sorted({m.kv_cache_spec.tier for m in managers.values()})
+        self._layers = sum(map(len, self._tiers))
+        # Deep group -> the group whose blocks it borrows.
+        self.owners = self._owners()
+
+    def _owners(self) -> dict[int, int]:
+        pairs = self._config.scorer.layer_pairs(self._layers)
+        groups: list[list[int]] = [[], []]
+        for group, manager in self._managers.items():
+            first = manager.kv_cache_spec.tier[0]
+            for role in (0, 1):
+                if first in {pair[role] for pair in pairs}:
+                    groups[role].append(group)
+        # vLLM splits tiers of a kind alike, and in the same order.
+        shallow, deep = groups
+        return dict(zip(deep, shallow, strict=True))
 
     def budgets(
         self, scorer: str, prompt: int, requested: int | None = None
@@ -108,7 +123,11 @@ class Planner:
         for due, name in self._config.due(method, prompt, end):
             scorer = self._config.scorers[name]
             window = scorer.queries_wanted(due)
-            if due > prompt and scorer.generates:
+            if due > prompt and scorer.merges:
+                if due <= computed:
+                    continue
+                window, targets = 0, self._absorb(request, scorer, due)
+            elif due > prompt and scorer.generates:
                 missed = observed != computed and due - window < computed
                 if due <= computed or missed:
                     continue
@@ -121,17 +140,38 @@ class Planner:
                     group: manager.fit(request.request_id, due, budgets[group])
                     for group, manager in self._managers.items()
                 }
+                if scorer.merges:
+                    targets |= self._merged(targets, scorer)
             targets = {group: fit for group, fit in targets.items() if fit.shrinks}
             if targets:
                 prune = scorer.prunes and due == prompt and self._prunable(request)
                 return Course(settings, name, window, due, targets, prune)
         return None
 
+    def _merged(self, kept: dict[int, Fit], scorer: Scorer) -> dict[int, Fit]:
+        """The pairs' part of what is to be kept."""
+        paired = {*self.owners, *self.owners.values()}
+        return {group: merged(kept[group], scorer.retained_share) for group in paired}
+
+    def _absorb(
+        self, request: Request, scorer: Scorer, due: int
+    ) -> dict[int, Fit]:
+        """What is to be kept where generated tokens merge, too; no others go."""
+        targets = {}
+        for pair in self.owners.items():
+            for group in pair:
+                manager = self._managers[group]
+                if manager.merges(request.request_id):
+                    targets[group] = manager.absorb(request.request_id, due)
+                else:
+                    kept = manager.fit(request.request_id, due, due)
+                    targets[group] = merged(kept, scorer.retained_share)
+        return targets
+
     def _shed(self, request: Request, scorer: Scorer, due: int) -> dict[int, Fit]:
         """What is to be kept where a method rules what a request generates."""
         prompt = request.num_prompt_tokens
-        layers = sum(map(len, self._tiers))
-        lost = scorer.generated_lost(prompt, due, layers)
+        lost = scorer.generated_lost(prompt, due, self._layers)
         recent = due - scorer.queries_wanted(due)
         targets = {}
         for group, manager in self._managers.items():

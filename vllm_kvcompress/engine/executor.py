@@ -6,7 +6,7 @@ blocks, and their rows of the block table shortened.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..config import KVCompressionConfig
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
-from .layers import rate
+from .layers import paired_layers, rate
 from .layout import kernel_blocks, page_layout
 from .one_head import check_pages
+from .merging import Part, merge_layers
 from .pruner import Pruner, Tier
 from .rows import RowShift
+from .shared_pages import SharingRows
 from .spec import CompressedAttentionSpec
 from .uneven import HeldLayer, keep_by_head
 
@@ -78,7 +80,7 @@ class CompressionExecutor:
     """What a model runner calls around each step."""
 
     def __init__(self, config: KVCompressionConfig, device: torch.device) -> None:
-        self._scorers = config.scorers
+        self._config, self._scorers = config, config.scorers
         self._device = device
         self._groups: dict[int, _Group] = {}
         self._windows: list[ObservationWindow] = []
@@ -104,18 +106,19 @@ class CompressionExecutor:
         self._groups.clear()
         self._windows.clear()
         uneven = any(scorer.uneven for scorer in self._scorers.values())
+        pairs = paired_layers(layers.values(), self._config)
         for index, spec in enumerate(kv_cache_config.kv_cache_groups):
             kv_spec = spec.kv_cache_spec
             if not isinstance(kv_spec, CompressedAttentionSpec):
                 continue
-            group = _Group(
-                [layers[name] for name in spec.layer_names],
-                kv_spec.block_size,
-                HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
-                if uneven
-                else RowShift(max_num_reqs, self._device),
-            )
-            self._groups[index] = group
+            own = [layers[name] for name in spec.layer_names]
+            rows = RowShift(max_num_reqs, self._device)
+            if uneven:
+                rows = HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
+            elif own[0] in pairs:
+                rows = SharingRows(max_num_reqs, self._device)
+                rows.bind([(pairs[layer], layer) for layer in own])
+            group = self._groups[index] = _Group(own, kv_spec.block_size, rows)
             if uneven:
                 for layer in group.layers:
                     check_pages(layer.kv_cache)
@@ -190,18 +193,17 @@ class CompressionExecutor:
             return report
         started = time.perf_counter()
         for request_id, groups in plan.compress.items():
+            self._execute(request_id, groups, read_row)
             for index, directive in groups.items():
                 group = self._groups[index]
                 first, size = directive.shift, group.block_size
-                if not directive.pruned:
-                    end = -(-directive.num_tokens // size)
-                    row = read_row(index, request_id, first, end)
-                    self._compress(group, request_id, row, directive)
                 shift = directive.new_shift
                 write_row(index, request_id, shift, directive.destination)
                 group.rows.set(request_id, shift * size)
                 report.compressions += 1
-                report.tokens_evicted += directive.freed_blocks * size
+                report.tokens_evicted += (shift - first) * size
+                if directive.owner is not None:
+                    report.tokens_merged += directive.merged_blocks * size
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
@@ -213,6 +215,60 @@ class CompressionExecutor:
         self.totals.add(report)
         self.totals.add(Counters(skipped=plan.skipped))
         return report
+
+    def _execute(
+        self, request_id: str, groups: Mapping[int, Compress], read_row: ReadRow
+    ) -> None:
+        """Fill a request's private blocks in all groups; rows stay as they are."""
+        rows = {}
+        for index, directive in groups.items():
+            end = -(-directive.num_tokens // self._groups[index].block_size)
+            rows[index] = read_row(index, request_id, directive.shift, end)
+        owners = {directive.owner for directive in groups.values()}
+        for index, directive in groups.items():
+            if directive.owner is not None:
+                pair = (directive.owner, index)
+                self._merge(request_id, pair, groups, [rows[group] for group in pair])
+            elif index not in owners and not directive.pruned:
+                group = self._groups[index]
+                self._compress(group, request_id, rows[index], directive)
+
+    @torch.inference_mode()
+    def _merge(
+        self,
+        request_id: str,
+        pair: tuple[int, int],
+        directives: Mapping[int, Compress],
+        rows: Sequence[torch.Tensor],
+    ) -> None:
+        """Merge what the layers of two groups hold of a request."""
+        groups = [self._groups[index] for index in pair]
+        size, directive = groups[0].block_size, directives[pair[1]]
+        scorer = self._scorers[directive.scorer]
+        stay = directive.candidates[0] // size if directive.candidates else 0
+        moved = directive.end_block - directive.shift - stay
+        selects = moved > len(directive.destination) - stay
+        for layers in zip(*(group.layers for group in groups), strict=True):
+            split = size // layers[0].kv_cache.shape[2]
+            parts = []
+            for index, layer, row in zip(pair, layers, rows, strict=True):
+                named = torch.tensor(directives[index].destination[stay:])
+                queries = None
+                if selects and scorer.needs_queries:
+                    window = layer.observation_window
+                    queries = window.of(request_id, directive.window)
+                target = kernel_blocks(named.long().to(self._device), split)
+                source = kernel_blocks(row[stay:], split)
+                parts.append(Part(layer, source, target, queries))
+            merge_layers(
+                scorer,
+                *parts,
+                num_tokens=directive.num_tokens - (directive.shift + stay) * size,
+                candidates=moved * size,
+                merged_blocks=directive.merged_blocks * split,
+            )
+        shared = parts[1].target[: directive.merged_blocks * split]
+        groups[1].rows.share(request_id, shared)
 
     @torch.inference_mode()
     def _compress(

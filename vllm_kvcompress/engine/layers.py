@@ -1,5 +1,6 @@
 """Which attention layers of a loaded model are compressed."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Layer, Scorer
 from .one_head import BACKENDS, LAYOUT, head_major
+from .shared_pages import READERS, scale_dtype
 from .spec import CompressedAttentionSpec
 
 
@@ -58,6 +61,7 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             f"{KEY}: this model has no full-attention layer to compress; "
             "start without --kv-compression"
         )
+    _check_pairs(config, layers, vllm_config)
     # Models build their layers from the bottom up.
     most_tokens = config.most_tokens
     for tier in config.tiers(len(layers)):
@@ -67,6 +71,60 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             layer.get_kv_cache_spec = _Compressed(
                 layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
             )
+
+
+def _check_pairs(
+    config: KVCompressionConfig, layers: Sequence[Any], vllm_config: VllmConfig
+) -> None:
+    for pair in config.pairs(len(layers)):
+        shallow, deep = (layers[index] for index in pair)
+        for layer in (shallow, deep):
+            backend = layer.attn_backend.get_name()
+            if backend not in READERS:
+                raise ConfigError(
+                    f"{KEY}: method={config.method} does not work with the attention "
+                    f"backend {backend}; give --attention-backend "
+                    f"{' or '.join(READERS)}, or choose another method"
+                )
+        names = [layer.layer_name for layer in (shallow, deep)]
+        places = [extract_layer_index(name) for name in names]
+        alike = shallow.get_kv_cache_spec(vllm_config) == deep.get_kv_cache_spec(
+            vllm_config
+        )
+        if places[1] - places[0] != 1 or not alike:
+            raise ConfigError(
+                f"{KEY}: method={config.method} cannot merge {' and '.join(names)}, "
+                "which are no neighbours with KV of one shape; choose another method"
+            )
+
+
+def paired_layers(layers: Iterable[Any], config: KVCompressionConfig) -> dict[Any, Any]:
+    """The deep layers of pairs, and the shallow one of each."""
+    by_index = {
+        layer.compressed_index: layer
+        for layer in layers
+        if hasattr(layer, "compressed_index")
+    }
+    pairs = config.scorer.layer_pairs(len(by_index))
+    return {by_index[deep]: by_index[shallow] for shallow, deep in pairs}
+
+
+def scale_share(vllm_config: VllmConfig) -> float:
+    """Bytes of the factors of merged pages, as a share of those of KV blocks.
+
+    They lie beside vLLM's pool, and what they take is taken off it.
+    """
+    config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    pairs = paired_layers(layers, config)
+    tiers = config.tiers(sum(hasattr(layer, "compressed_index") for layer in layers))
+    per_block = max(map(len, tiers))
+    for deep in pairs:
+        spec = deep.get_kv_cache_spec(vllm_config)
+        scales = 2 * spec.num_kv_heads * spec.block_size
+        size = scales * scale_dtype(spec.dtype).itemsize
+        return len(pairs) * size / (per_block * spec.page_size_bytes)
+    return 0.0
 
 
 def _check_layout(method: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from ..budget import Fit, fit, shed
+from ..budget import Fit, absorbed, fit, shed
 from ..plan import Compress
 
 
@@ -23,6 +23,8 @@ class _Compressed:
         end_block: Logical blocks ``[0, end_block)`` are null; their kept tokens lie
         destination: in these blocks, which are read only; those that were filled for
             it are never hashed and never shared.
+        merges: Whether some of them hold merged tokens.
+        borrowed: Numbers of those that another group's state of the request frees.
         pending: Originals that the worker still reads in the current step.
         decided: Logical tokens ``[0, decided)`` have been candidates.
         shed: Blocks of generated tokens lost one by one, see `budget.shed`.
@@ -30,6 +32,8 @@ class _Compressed:
 
     end_block: int = 0
     destination: list[KVCacheBlock] = field(default_factory=list)
+    merges: bool = False
+    borrowed: set[int] = field(default_factory=set)
     pending: list[KVCacheBlock] = field(default_factory=list)
     decided: int = 0
     shed: int = 0
@@ -77,45 +81,79 @@ class CompressedKVManager(FullAttentionManager):
             self.block_size,
         )
 
+    def absorb(self, request_id: str, num_tokens: int) -> Fit:
+        """Lay out the same when the whole blocks behind the merged ones merge."""
+        first = len(self._compressed[request_id].destination) * self.block_size
+        held = num_tokens - self.shift(request_id) * self.block_size
+        return absorbed(held, first, self.block_size)
+
+    def merges(self, request_id: str) -> bool:
+        """Whether a request has merged blocks."""
+        state = self._compressed.get(request_id)
+        return state is not None and state.merges
+
+    def reserve(
+        self, request_id: str, target: Fit, *, borrows: bool = False
+    ) -> list[KVCacheBlock] | None:
+        """Find private blocks for a request; `compress` or `release` comes next.
+
+        Args:
+            request_id: A running request.
+            target: What is to be kept of it, from `fit`, `shed` or `absorb`.
+            borrows: Whether its merged blocks are another group's.
+
+        Returns:
+            None if so many cannot be had now.
+        """
+        stay, source = self._source(request_id, target)
+        count = target.kept_blocks - len(stay) - borrows * target.merged_blocks
+        return self._private_blocks(source, count)
+
+    def release(
+        self, request_id: str, target: Fit, private: list[KVCacheBlock]
+    ) -> None:
+        """Give back what `reserve` found."""
+        _, source = self._source(request_id, target)
+        own = {block.block_id for block in source}
+        self.block_pool.free_blocks(b for b in private if b.block_id not in own)
+
     def compress(
         self,
         request_id: str,
         scorer: str,
         num_tokens: int,
         target: Fit,
+        private: list[KVCacheBlock],
         *,
         window: int = 0,
         pruned: bool = False,
-    ) -> Compress | None:
+        owner: int | None = None,
+    ) -> Compress:
         """Take blocks off a request's list, for the worker to empty.
 
         Args:
             request_id: A running request, and
             scorer: which method compresses it.
             num_tokens: Tokens that are computed after this step, or fewer.
-            target: What is kept of them, from `fit` or `shed`.
+            target: What is kept of them.
+            private: From `reserve`, behind the merged blocks of an owner.
             window: See `Compress`.
             pruned: See `Compress`.
-
-        Returns:
-            The directive, or None if no private blocks can be had now.
+            owner: See `Compress`.
         """
         blocks = self.req_to_blocks[request_id]
         shift = self.shift(request_id)
         state = self._compressed.setdefault(request_id, _Compressed())
         end_block = target.end_block + shift
-        source = state.destination + blocks[state.end_block : end_block]
-        first = target.candidates[0] if target.candidates else 0
-        stay = source[: first // self.block_size]
-        source = source[len(stay) :]
-        private = self._private_blocks(source, target.kept_blocks - len(stay))
-        if private is None:
-            return None
+        stay, source = self._source(request_id, target)
         taken = {block.block_id for block in private}
         destination = stay + private
         blocks[:end_block] = [self._null_block] * end_block
         state.end_block, state.destination = end_block, destination
         state.pending += [block for block in source if block.block_id not in taken]
+        state.merges |= target.merged_blocks > 0
+        if owner is not None:
+            state.borrowed |= {b.block_id for b in private[: target.merged_blocks]}
         if target.candidates:
             state.decided = target.candidates[1] + shift * self.block_size
             state.shed += target.freed_blocks
@@ -128,7 +166,21 @@ class CompressedKVManager(FullAttentionManager):
             window=window,
             candidates=target.candidates,
             pruned=pruned,
+            merged_blocks=target.merged_blocks,
+            owner=owner,
         )
+
+    def _source(
+        self, request_id: str, target: Fit
+    ) -> tuple[list[KVCacheBlock], list[KVCacheBlock]]:
+        """What a request holds of the replaced blocks: those that stay, and others."""
+        state = self._compressed.get(request_id, _Compressed())
+        end_block = target.end_block + self.shift(request_id)
+        blocks = self.req_to_blocks[request_id][state.end_block : end_block]
+        held = state.destination + blocks
+        first = target.candidates[0] if target.candidates else 0
+        stay = first // self.block_size
+        return held[:stay], held[stay:]
 
     def _private_blocks(
         self, source: list[KVCacheBlock], count: int
@@ -168,4 +220,5 @@ class CompressedKVManager(FullAttentionManager):
         state = self._compressed.pop(request_id, None)
         if state is None:
             return blocks
-        return [*state.pending, *state.destination, *blocks]
+        private = [b for b in state.destination if b.block_id not in state.borrowed]
+        return [*state.pending, *private, *blocks]

@@ -34,6 +34,7 @@ MICROSECONDS = 1e6
 COUNTERS = {
     "compressions": "Compressions, once per KV cache group.",
     "tokens_evicted": "Tokens dropped from the KV cache, per group.",
+    "tokens_merged": "Tokens for which a layer reads its neighbour's KV, per group.",
     "blocks_freed": "KV blocks given back to the pool.",
     "logical_tokens": "Tokens that were held before these compressions, per group.",
     "retained_tokens": "Tokens that are held after them.",

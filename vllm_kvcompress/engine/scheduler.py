@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -198,32 +199,58 @@ class CompressedScheduler(Scheduler):
 
     def _compress(self, request: Request, course: Course) -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
-        request_id, computed = request.request_id, request.num_computed_tokens
+        computed = request.num_computed_tokens
         planned: dict[int, Compress] = {}
-        for group, target in list(course.targets.items()):
-            manager = self._managers[group]
-            # The lowest layers compute all tokens, and lose theirs afterwards.
-            pruned = course.prune and manager.kv_cache_spec.tier[0] > 0
-            directive = manager.compress(
-                request_id,
-                course.scorer,
-                course.due,
-                target,
-                window=course.window,
-                pruned=pruned,
-            )
-            if directive is not None:
-                planned[group] = directive
-                del course.targets[group]
+        merges = self._config.scorers[course.scorer].merges
+        owners = self._planner.owners if merges else {}
+        for group in list(course.targets):
+            if group in owners.values():
+                continue  # with the group that borrows its blocks
+            groups = [owners[group], group] if group in owners else [group]
+            for done, directive in self._obtain(request, course, groups).items():
+                planned[done] = directive
+                del course.targets[done]
         if planned:
-            self._exact_tokens.setdefault(request_id, computed)
+            self._exact_tokens.setdefault(request.request_id, computed)
         if not course.targets:
-            self._courses[request_id] = self._planner.next(
+            self._courses[request.request_id] = self._planner.next(
                 request, course.settings, computed, course.due
             )
         elif not course.dry:
             course.dry = True
             self._skipped["pool_dry"] += 1
+        return planned
+
+    def _obtain(
+        self, request: Request, course: Course, groups: list[int]
+    ) -> dict[int, Compress]:
+        """Plan one group, or an owner of merged blocks and who borrows them: or none."""
+        request_id, found = request.request_id, dict[int, list[KVCacheBlock]]()
+        for group in groups:
+            manager, target = self._managers[group], course.targets[group]
+            borrows = group != groups[0]
+            private = manager.reserve(request_id, target, borrows=borrows)
+            if private is None:
+                for earlier, blocks in found.items():
+                    target = course.targets[earlier]
+                    self._managers[earlier].release(request_id, target, blocks)
+                return {}
+            found[group] = private
+        planned, shared = {}, list[KVCacheBlock]()
+        for group, private in found.items():
+            manager, target = self._managers[group], course.targets[group]
+            planned[group] = manager.compress(
+                request_id,
+                course.scorer,
+                course.due,
+                target,
+                shared + private,
+                window=course.window,
+                # The lowest layers compute all tokens, and lose theirs afterwards.
+                pruned=course.prune and manager.kv_cache_spec.tier[0] > 0,
+                owner=groups[0] if group != groups[0] else None,
+            )
+            shared = private[: target.merged_blocks]
         return planned
 
     def update_from_output(

@@ -8,7 +8,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..config import KEY, KVCompressionConfig
 from . import backend
-from .layers import compress_layers
+from .layers import compress_layers, scale_share
 from .runner import compress_runner
 
 # vLLM's worker -> ours; ours are made on demand, since the GPU's needs CUDA.
@@ -30,6 +30,11 @@ class _Worker:
         with backend.registered():
             super().load_model(*args, **kwargs)  # type: ignore[misc]
         compress_layers(self.vllm_config)
+
+    def determine_available_memory(self: Any) -> int:
+        """vLLM's bytes, less those of the factors beside merged pages."""
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        return int(available / (1 + scale_share(self.vllm_config)))
 
     def kv_compression_stats(self: Any) -> dict[str, Any]:
         """Totals since start, for ``LLM.collective_rpc``."""

@@ -14,6 +14,7 @@ METHODS = {
     "ada_snapkv": "vllm_kvcompress.methods.ada_snapkv:AdaSnapKV",
     "pyramidkv": "vllm_kvcompress.methods.pyramidkv:PyramidKV",
     "pyramidinfer": "vllm_kvcompress.methods.pyramidinfer:PyramidInfer",
+    "minicache": "vllm_kvcompress.methods.minicache:MiniCache",
     "streamingllm": "vllm_kvcompress.methods.streamingllm:StreamingLLM",
     "tova": "vllm_kvcompress.methods.tova:TOVA",
     "keydiff": "vllm_kvcompress.methods.keydiff:KeyDiff",

@@ -91,8 +91,18 @@ class Scorer(BaseModel):
         """
         return False
 
+    @property
+    def merges(self) -> bool:
+        """Whether `layer_pairs` share a cache."""
+        return False
+
+    @property
+    def retained_share(self) -> float:
+        """Share of a pair's tokens that are not merged."""
+        return 0.0
+
     def decisions(self, prompt: int, end: int) -> Iterator[int]:
-        """Lengths below ``end`` at which `generated_lost` rises, ascending."""
+        """Lengths below ``end`` at which generated tokens go, or merge; ascending."""
         yield from ()
 
     def generated_lost(self, prompt: int, num_tokens: int, layers: int) -> list[int]:
@@ -104,6 +114,17 @@ class Scorer(BaseModel):
             layers: Layers that are compressed; the lowest comes first.
         """
         return [0] * layers
+
+    def layer_pairs(self, num_layers: int) -> list[tuple[int, int]]:
+        """Neighbouring layers that share one cache of merged tokens.
+
+        Args:
+            num_layers: Layers that are compressed.
+
+        Returns:
+            ``(shallow, deep)`` of each pair, from the bottom; see `MiniCache`.
+        """
+        return []
 
     def layer_budgets(self, num_tokens: int, budget: int, num_layers: int) -> list[int]:
         """Deal out the layers' tokens per KV head, ``budget`` on average at most.

@@ -1,0 +1,96 @@
+"""MiniCache against a dense model whose keys and values are merged in loops."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dense import DenseLlama, Edit, Prefill
+from tests.engine.conftest import (
+    BLOCK,
+    engine,
+    free_blocks,
+    generate,
+    prompt,
+    save_llama,
+)
+from tests.oracle import minicache
+from vllm_kvcompress import stats
+from vllm_kvcompress.config import KVCompressionConfig
+
+LAYERS, COUNT = 4, 80
+LENGTHS = [500, 90, 231, 97]
+COURSES: dict[str, dict[str, Any]] = {
+    "default": {"interval": 48},
+    "range": {"retention": "range", "retain": 0.25, "gamma": 0.4, "interval": 16},
+    "all layers": {"start_layer": 0, "retain": 0.0, "t": 0.3, "interval": None},
+}
+
+
+def edits(settings: dict[str, Any], length: int) -> dict[int, Edit]:
+    """What merges, and when."""
+    scorer: Any = KVCompressionConfig.from_dict(settings).scorer
+    pairs = scorer.layer_pairs(LAYERS)
+    gamma = scorer.gamma if scorer.retention == "range" else None
+    found: dict[int, Edit] = {}
+    done = 0
+    for due in [length, *scorer.decisions(length, length + COUNT - 1)]:
+        blocks = due // BLOCK - done
+        retained = 0
+        if not done:
+            retained = max(int(scorer.retain * blocks), 1 if scorer.retain else 0)
+        if blocks > retained:
+            span = slice(done * BLOCK, (done + blocks) * BLOCK)
+            found[due] = _edit(pairs, span, scorer.t, retained * BLOCK, gamma)
+            done += blocks
+    return found
+
+
+def _edit(
+    pairs: list[tuple[int, int]],
+    span: slice,
+    t: float,
+    retained: int,
+    gamma: float | None,
+) -> Edit:
+    def edit(state: Prefill, visible: Any) -> None:
+        for pair in pairs:
+            for head in range(len(state.keys[0])):
+                held = [
+                    (state.keys[i][head, span], state.values[i][head, span])
+                    for i in pair
+                ]
+                restored, _ = minicache(*held, t=t, retained=retained, gamma=gamma)
+                for layer, (keys, values) in zip(pair, restored, strict=True):
+                    state.keys[layer][head, span] = keys
+                    state.values[layer][head, span] = values
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("deep"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module", params=COURSES)
+def served(request: Any, deep_llama: Path) -> Iterator[tuple[Any, Any]]:
+    settings = {"method": "minicache", **COURSES[request.param]}
+    config = {"kv_compression": settings}
+    with engine(deep_llama, additional_config=config) as llm:
+        yield llm, settings
+
+
+def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
+    llm, settings = served
+    before, dense = free_blocks(llm), DenseLlama(deep_llama)
+    answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], COUNT)
+    assert free_blocks(llm) == before
+    assert stats(llm)["tokens_merged"] > 0
+    for length, answer in zip(LENGTHS, answers, strict=True):
+        tokens = prompt(length, seed=length) + answer.tokens
+        merged = edits(settings, length)
+        expected = dense.run(tokens, length, {}, merged)
+        assert float((expected - answer.logprobs).abs().max()) < 5e-4, (length, merged)

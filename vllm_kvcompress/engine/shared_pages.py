@@ -1,0 +1,173 @@
+"""How the deep layer of a pair reads pages of merged tokens.
+
+They are the shallow layer's, scaled for it, so that it reads them as any others. Both
+layers see the same memory (vLLM lays the groups of a model over each other), so the
+deep one has them in its own rows; beside the pages it has one factor per token and KV
+head for keys, and one for values: 1 in all other pages. Triton's kernel takes such
+factors as those of a quantised cache. The CPU's takes none: there rows with merged
+tokens are computed in torch.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVQuantMode
+
+from ..config import KEY
+from ..ops.attend import attend
+from .layout import page_layout
+from .rows import RowShift
+
+READERS = ("CPU_ATTN", "TRITON_ATTN")
+
+
+def scale_dtype(cache: torch.dtype) -> torch.dtype:
+    """What factors are stored in, beside pages of such a type."""
+    return torch.float16 if cache.itemsize == 2 else torch.float32
+
+
+def new_scales(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Factors of all pages of a deep layer, all 1.
+
+    Args:
+        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+
+    Returns:
+        ``[2, num_blocks, block_size, kv_heads]``, of keys and of values.
+    """
+    blocks, kv_heads, block_size, _ = kv_cache.shape
+    return torch.ones(
+        (2, blocks, block_size, kv_heads),
+        dtype=scale_dtype(kv_cache.dtype),
+        device=kv_cache.device,
+    )
+
+
+class SharingRows(RowShift):
+    """Rows of a group of deep layers, some with blocks of merged tokens."""
+
+    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
+        super().__init__(max_num_reqs, device)
+        self._layers: Sequence[Any] = ()
+        self._shared: dict[str, torch.Tensor] = {}
+
+    def bind(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Give each ``(shallow, deep)`` pair's factors, once KV caches exist.
+
+        Raises:
+            RuntimeError: vLLM has not laid a pair's caches over each other.
+        """
+        self._layers = [deep for _, deep in pairs]
+        for shallow, deep in pairs:
+            caches = [layer.kv_cache for layer in (shallow, deep)]
+            if len({(cache.data_ptr(), cache.stride()) for cache in caches}) > 1:
+                raise RuntimeError(f"{KEY}: two layers to merge have memory apart")
+            deep.page_scales = new_scales(deep.kv_cache)
+
+    def share(self, request_id: str, blocks: torch.Tensor) -> None:
+        """Remember blocks of a request that hold merged tokens, ``[count]`` int64."""
+        earlier = self._shared.get(request_id, blocks[:0])
+        self._shared[request_id] = torch.cat([earlier, blocks])
+
+    def forget(self, request_id: str) -> None:
+        """See `RowShift.forget`; the blocks are ordinary ones again."""
+        super().forget(request_id)
+        if (blocks := self._shared.pop(request_id, None)) is not None:
+            for layer in self._layers:
+                layer.page_scales[:, blocks] = 1
+
+    def sharing(self) -> list[int]:
+        """Rows of the coming batch that have merged tokens."""
+        return [i for i, name in enumerate(self._rows) if name in self._shared]
+
+    def apart(
+        self, common: CommonAttentionMetadata
+    ) -> tuple[CommonAttentionMetadata, list["SharedRow"]]:
+        """Split rows with merged tokens off for `attend_rows`.
+
+        vLLM's kernel still gets them, as short as can be: what it finds is replaced.
+        """
+        rows = self.sharing()
+        if not rows:
+            return common, []
+        starts = common.query_start_loc_cpu.tolist()
+        lens, table = common.seq_lens, common.block_table_tensor
+        short = lens.clone()
+        found = []
+        for row in rows:
+            first, end = starts[row], starts[row + 1]
+            found.append(SharedRow(first, end, int(lens[row]), table[row]))
+            short[row] = end - first
+        return common.replace(seq_lens=short), found
+
+
+class SharedRow:
+    """A request of the batch with merged tokens."""
+
+    def __init__(
+        self, first: int, end: int, tokens: int, table: torch.Tensor
+    ) -> None:
+        """Note that it has ``tokens``, of which ``[first, end)`` of the batch are new.
+
+        Args:
+            first: In the batch.
+            end: The same.
+            tokens: All that are held.
+            table: Row of the block table.
+        """
+        self.first, self.end, self.tokens = first, end, tokens
+        self.table = table.long()
+
+
+def attend_rows(
+    layer: Any,
+    impl: Any,
+    rows: Sequence[SharedRow],
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Fill in what rows with merged tokens attend to, in torch.
+
+    Args:
+        layer: Of a pair the deep one.
+        impl: Its implementation of attention.
+        rows: From `SharingRows.apart`.
+        query: ``[tokens, query_heads, head_size]``.
+        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+        output: ``[tokens, query_heads, head_size]``.
+    """
+    layout, block_size = page_layout(layer), kv_cache.shape[2]
+    for row in rows:
+        blocks = row.table[: -(-row.tokens // block_size)]
+        scales = layer.page_scales[:, blocks].flatten(1, 2).transpose(1, 2)
+        keys, values = (
+            half.take(kv_cache, blocks)[:, : row.tokens]
+            for half in (layout.keys, layout.values)
+        )
+        output[row.first : row.end] = attend(
+            query[row.first : row.end],
+            keys,
+            values,
+            *scales[:, :, : row.tokens],
+            scale=impl.scale,
+            softcap=impl.logits_soft_cap or 0.0,
+        )
+
+
+def scaling_impl(impl: Any, scales: torch.Tensor) -> Any:
+    """Triton's implementation of attention, for pages with factors.
+
+    Args:
+        impl: vLLM's, of an ordinary cache.
+        scales: From `new_scales`.
+    """
+    scaled = copy.copy(impl)
+    # The kernel reads pages of any type in this mode, and applies factors to logits.
+    scaled._kv_quant_mode = KVQuantMode.INT8_PER_TOKEN_HEAD
+    scaled._is_per_token_head_quant = True
+    scaled._k_scale_cache, scaled._v_scale_cache = scales
+    return scaled
