@@ -14,6 +14,8 @@ METHODS = [
     {"method": "pyramidkv", "keep_ratio": 0.4, "window": 8, "beta": 3},
     {"method": "pyramidinfer", "prune": False},
     {"method": "pyramidinfer", "prune": False, "layers_per_tier": 1, "sinks": 0},
+    {"method": "minicache", "start_layer": 0},
+    {"method": "minicache", "start_layer": 0, "over": "snapkv", "budget": 256},
     {"method": "streamingllm", "budget": 256, "sinks": 4},
     {"method": "streamingllm", "keep_ratio": 0.25, "sinks": 0},
     {"method": "tova", "budget": 256},

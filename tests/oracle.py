@@ -236,11 +236,11 @@ def minicache(
             restored[1][half][i] = torch.tensor(second)
             distances.append(distance)
         low, span = min(distances), max(distances) - min(distances)
-        share = [max(s, (d - low) / span) for s, d in zip(share, distances, strict=True)]
+        share = [
+            max(s, (d - low) / span) for s, d in zip(share, distances, strict=True)
+        ]
     order = sorted(range(len(share)), key=lambda i: (-share[i], i))
-    stayed = {
-        i for i in order[:retained] if gamma is None or share[i] >= 1 - gamma
-    }
+    stayed = {i for i in order[:retained] if gamma is None or share[i] >= 1 - gamma}
     for own, layer in zip(restored, (shallow, deep), strict=True):
         for half in (0, 1):
             for i in stayed:

@@ -112,7 +112,7 @@ def preemptions(llm: Any) -> list[int]:
     managers = scheduler(llm)._managers.values()
 
     def counting(request: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append(sum(m.shift(request.request_id) > 0 for m in managers))
+        seen.append(sum(m.compressed(request.request_id) for m in managers))
         original(request, *args, **kwargs)
 
     scheduler(llm)._preempt_request = counting

@@ -15,7 +15,7 @@ from tests.engine.conftest import (
     scheduler,
 )
 from tests.matrix import METHODS
-from vllm_kvcompress.budget import Fit, Tier, fit
+from vllm_kvcompress.budget import Fit, Tier, fit, merged
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.methods.base import Scorer
 
@@ -44,7 +44,10 @@ def _server(name: str, *others: str) -> dict[str, Any]:
 EVEN = [name for name in sorted(ENTRIES) if not _scorer(name).layered]
 UNEVEN = [name for name in sorted(ENTRIES) if _scorer(name).uneven]
 # Who has a budget comes first: it is everybody's.
-LAYERED = sorted({*ENTRIES} - {*EVEN, *UNEVEN}, key=lambda n: _scorer(n).owns_budget)
+MERGING = [name for name in sorted(ENTRIES) if _scorer(name).merges]
+LAYERED = sorted(
+    {*ENTRIES} - {*EVEN, *UNEVEN, *MERGING}, key=lambda n: _scorer(n).owns_budget
+)
 PRUNING = {"decay_ratio": 0.6, "min_context": 16}
 SERVERS = {
     "even": _server(*EVEN),
@@ -53,7 +56,8 @@ SERVERS = {
         **_server(LAYERED[0]),
         "request_methods": {"pyramidinfer": PRUNING, EVEN[0]: {}},
     },
-    **{name: _server(name, EVEN[0]) for name in UNEVEN},
+    **{name: _server(name, EVEN[0]) for name in [*UNEVEN, *MERGING]},
+    "selecting": {**_server(MERGING[0], *EVEN), "over": "snapkv"},
 }
 ENGINE = {"max_num_batched_tokens": 8192, "max_num_seqs": 32, "max_model_len": 512}
 # Room for all of the longest prompt beside decodes: with less, nothing can be pruned.
@@ -103,6 +107,11 @@ def fits(config: KVCompressionConfig, method: str, length: int) -> dict[Tier, Fi
     tiers = config.tiers(LAYERS)
     budgets = config.tier_budgets(method, tiers, length, BLOCK)
     found = {tier: fit(length, budgets[tier], BLOCK) for tier in tiers}
+    scorer = config.scorers[method]
+    for pair in scorer.layer_pairs(LAYERS):
+        for tier in tiers:
+            if tier[0] in pair:
+                found[tier] = merged(found[tier], scorer.retained_share)
     return {tier: fitted for tier, fitted in found.items() if fitted.shrinks}
 
 

@@ -153,9 +153,7 @@ class Planner:
         paired = {*self.owners, *self.owners.values()}
         return {group: merged(kept[group], scorer.retained_share) for group in paired}
 
-    def _absorb(
-        self, request: Request, scorer: Scorer, due: int
-    ) -> dict[int, Fit]:
+    def _absorb(self, request: Request, scorer: Scorer, due: int) -> dict[int, Fit]:
         """What is to be kept where generated tokens merge, too; no others go."""
         targets = {}
         for pair in self.owners.items():

@@ -46,6 +46,10 @@ class CompressedKVManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._compressed: dict[str, _Compressed] = {}
 
+    def compressed(self, request_id: str) -> bool:
+        """Whether a request has private blocks."""
+        return bool(self._compressed.get(request_id, _Compressed()).destination)
+
     def shift(self, request_id: str) -> int:
         """Logical blocks that a request has lost so far."""
         state = self._compressed.get(request_id)

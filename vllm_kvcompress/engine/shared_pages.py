@@ -107,9 +107,7 @@ class SharingRows(RowShift):
 class SharedRow:
     """A request of the batch with merged tokens."""
 
-    def __init__(
-        self, first: int, end: int, tokens: int, table: torch.Tensor
-    ) -> None:
+    def __init__(self, first: int, end: int, tokens: int, table: torch.Tensor) -> None:
         """Note that it has ``tokens``, of which ``[first, end)`` of the batch are new.
 
         Args:
