@@ -145,7 +145,7 @@ def tiers(num_layers: int, layers_per_tier: int | None) -> list[Tier]:
 
 
 def paired_tiers(num_layers: int, pairs: Sequence[tuple[int, int]]) -> list[Tier]:
-    """Split layers into tiers of lone, shallow and deep ones, as near in size as can be.
+    """Split layers into tiers of lone, of shallow and of deep ones.
 
     vLLM pads all groups to one size. Of the sizes that leave at most `MAX_TIERS` groups
     the one is taken with which lone and shallow layers, which hold all tokens, have

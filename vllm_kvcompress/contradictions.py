@@ -86,8 +86,8 @@ def _merged(config: "KVCompressionConfig") -> Iterator[str]:
     for where, other in others:
         if other and other != scorer and not _alike(other):
             yield (
-                f"{where}={other.name} does not work with {config.method}, of which two "
-                "layers keep the same tokens; use a method like snapkv"
+                f"{where}={other.name} does not work with {config.method}, of "
+                "which two layers keep the same tokens; use a method like snapkv"
             )
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.dense import DenseLlama, Edit, Prefill
 from tests.engine.conftest import (

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from .head_pages import HeadPages
 from .one_head import attend_by_head, one_head_builder, one_head_impl
 from .rows import RowShift
-from .shared_pages import SharingRows, attend_rows, scaling_impl
+from .shared_pages import SharedRow, SharingRows, attend_rows, scaling_impl
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 _PREFIX = "Compressed_"
@@ -70,7 +70,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 metadata = builder_base.build(self._one_head, 0, by_head)
                 metadata.kv_heads = self.kv_cache_spec.num_kv_heads
                 return metadata
-            rows = []
+            rows: list[SharedRow] = []
             if isinstance(self.row_shift, SharingRows) and not scales:
                 common_attn_metadata, rows = self.row_shift.apart(common_attn_metadata)
             metadata = super().build(

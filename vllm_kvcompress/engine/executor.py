@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from ..config import KVCompressionConfig
+from ..config import KEY, KVCompressionConfig
+from ..methods.minicache import MiniCache
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
 from .layers import paired_layers, rate
 from .layout import kernel_blocks, page_layout
-from .one_head import check_pages
 from .merging import Part, merge_layers
+from .one_head import check_pages
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
@@ -244,7 +245,9 @@ class CompressionExecutor:
         """Merge what the layers of two groups hold of a request."""
         groups = [self._groups[index] for index in pair]
         size, directive = groups[0].block_size, directives[pair[1]]
-        scorer = self._scorers[directive.scorer]
+        scorer, sharing = self._scorers[directive.scorer], groups[1].rows
+        if not (isinstance(scorer, MiniCache) and isinstance(sharing, SharingRows)):
+            raise TypeError(f"{KEY}: {scorer.name} merges no layers")
         stay = directive.candidates[0] // size if directive.candidates else 0
         moved = directive.end_block - directive.shift - stay
         selects = moved > len(directive.destination) - stay
@@ -262,13 +265,14 @@ class CompressionExecutor:
                 parts.append(Part(layer, source, target, queries))
             merge_layers(
                 scorer,
-                *parts,
+                parts[0],
+                parts[1],
                 num_tokens=directive.num_tokens - (directive.shift + stay) * size,
                 candidates=moved * size,
                 merged_blocks=directive.merged_blocks * split,
             )
         shared = parts[1].target[: directive.merged_blocks * split]
-        groups[1].rows.share(request_id, shared)
+        sharing.share(request_id, shared)
 
     @torch.inference_mode()
     def _compress(

@@ -54,15 +54,15 @@ def merge_layers(
         for half in (layout.keys, layout.values)
     ]
     if kept < candidates:
-        scores = sum(
+        scores = [
             rate(scorer, part.layer, part.queries, keys, values)[:, :candidates]
             for part, keys, values in zip((shallow, deep), *held, strict=True)
-        )
-        best = select(scores, kept)
+        ]
+        best = select(scores[0] + scores[1], kept)
         held = [[_at(tokens, best) for tokens in half] for half in held]
     else:
         held = [[tokens[:, :candidates] for tokens in half] for half in held]
-    merged = [merge(*half, scorer.t) for half in held]
+    merged = [merge(half[0], half[1], scorer.t) for half in held]
     strange = strangeness(*(half.distance for half in merged))
     share = merged_blocks * block_size
     retained = select(strange, kept - share)

@@ -224,7 +224,7 @@ class CompressedScheduler(Scheduler):
     def _obtain(
         self, request: Request, course: Course, groups: list[int]
     ) -> dict[int, Compress]:
-        """Plan one group, or an owner of merged blocks and who borrows them: or none."""
+        """Plan one group, or an owner of blocks and who borrows them; or neither."""
         request_id, found = request.request_id, dict[int, list[KVCacheBlock]]()
         for group in groups:
             manager, target = self._managers[group], course.targets[group]

@@ -1,6 +1,6 @@
 """MiniCache: neighbouring deep layers share one cache (arXiv 2405.14366)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ def _over(given: Any) -> Any:
 
 
 def _named(scorer: Scorer | None) -> dict[str, Any] | None:
-    return scorer and {"method": scorer.name, **scorer.model_dump()}
+    return {"method": scorer.name, **scorer.model_dump()} if scorer else None
 
 
 Over = Annotated[Scorer | None, BeforeValidator(_over), PlainSerializer(_named)]
