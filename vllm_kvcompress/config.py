@@ -229,7 +229,7 @@ class KVCompressionConfig(BaseModel):
         if not pairs and self.scorer.merges:
             raise ConfigError(
                 f"{KEY}: {self.method} finds no two layers to merge among "
-                f"{num_layers} of this model; give a start_layer of at most {num_layers - 2}"
+                f"{num_layers} of this model; lower start_layer to {num_layers - 2} or less"
             )
         return pairs
 

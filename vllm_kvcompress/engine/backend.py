@@ -77,6 +77,8 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 common_prefix_len, common_attn_metadata, *args, **kwargs
             )
             if rows:
+                for row in rows:
+                    row.metadata = super().build(0, row.alone())
                 metadata.shared_rows = rows
             return metadata
 
@@ -121,7 +123,9 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 **kwargs,
             )
             if rows := getattr(attn_metadata, "shared_rows", None):
-                attend_rows(layer, self, rows, query, kv_cache, output)
+                attend_rows(
+                    super().forward, layer, rows, query, key, value, kv_cache, output
+                )
             return found
 
         @functools.cached_property

@@ -31,7 +31,7 @@ class Elements:
         even = first + slot * grid[0][:, None] + element * grid[1]
         self._steps = (first, slot, element) if even.equal(offsets) else None
 
-    def _view(self, kv_cache: torch.Tensor) -> torch.Tensor | None:
+    def view(self, kv_cache: torch.Tensor) -> torch.Tensor | None:
         """``[num_blocks, kv_heads, block_size, head_size]``; None if tiled."""
         if self._steps is None:
             return None
@@ -57,7 +57,7 @@ class Elements:
             ``[kv_heads, count * block_size, head_size]``; where the cache holds
             tokens side by side, so does the copy.
         """
-        view = self._view(kv_cache)
+        view = self.view(kv_cache)
         if view is None:
             pages = kv_cache[blocks].flatten(2).transpose(0, 1)
             taken = pages[:, :, self._offsets.flatten()]
@@ -83,7 +83,7 @@ class Elements:
         block_size, row = kv_cache.shape[2:]
         block, slot = blocks[positions // block_size], positions % block_size
         head = torch.arange(len(positions), device=positions.device)[:, None]
-        view = self._view(kv_cache)
+        view = self.view(kv_cache)
         if view is not None:
             return view[block, head, slot]
         offset = self._offsets[slot]
@@ -101,7 +101,7 @@ class Elements:
         """
         _, kv_heads, block_size, row = kv_cache.shape
         paged = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
-        view = self._view(kv_cache)
+        view = self.view(kv_cache)
         if view is not None:
             view[blocks] = paged
             return

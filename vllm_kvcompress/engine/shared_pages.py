@@ -4,12 +4,13 @@ They are the shallow layer's, scaled for it, so that it reads them as any others
 layers see the same memory (vLLM lays the groups of a model over each other), so the
 deep one has them in its own rows; beside the pages it has one factor per token and KV
 head for keys, and one for values: 1 in all other pages. Triton's kernel takes such
-factors as those of a quantised cache. The CPU's takes none: there rows with merged
-tokens are computed in torch.
+factors as those of a quantised cache. The CPU's takes none: there pages of rows with
+merged tokens are restored first.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from ..config import KEY
-from ..ops.attend import attend
 from .layout import page_layout
+from .restore import Restorer
 from .rows import RowShift
 
 READERS = ("CPU_ATTN", "TRITON_ATTN")
@@ -44,6 +45,9 @@ def new_scales(kv_cache: torch.Tensor) -> torch.Tensor:
         dtype=scale_dtype(kv_cache.dtype),
         device=kv_cache.device,
     )
+
+
+_restorer = Restorer()
 
 
 class SharingRows(RowShift):
@@ -89,71 +93,96 @@ class SharingRows(RowShift):
         """Split rows with merged tokens off for `attend_rows`.
 
         vLLM's kernel still gets them, as short as can be: what it finds is replaced.
+
+        Args:
+            common: Metadata of the group, as kernels read them.
+
+        Returns:
+            The same with these rows short, and each of them.
         """
         rows = self.sharing()
         if not rows:
             return common, []
         starts = common.query_start_loc_cpu.tolist()
         lens, table = common.seq_lens, common.block_table_tensor
-        short = lens.clone()
-        found = []
+        short, found = lens.clone(), []
         for row in rows:
-            first, end = starts[row], starts[row + 1]
-            found.append(SharedRow(first, end, int(lens[row]), table[row]))
+            first, end, tokens = starts[row], starts[row + 1], int(lens[row])
             short[row] = end - first
+            found.append(SharedRow(common, row, first, end, tokens, table[row].long()))
         return common.replace(seq_lens=short), found
 
 
+@dataclass
 class SharedRow:
-    """A request of the batch with merged tokens."""
+    """A request of the batch with merged tokens.
 
-    def __init__(self, first: int, end: int, tokens: int, table: torch.Tensor) -> None:
-        """Note that it has ``tokens``, of which ``[first, end)`` of the batch are new.
+    Attributes:
+        batch: Metadata of all rows.
+        row: Its number.
+        first: Its first token in the batch.
+        end: Behind its last one.
+        tokens: All that it holds.
+        table: ``[width]`` int64, its row of the block table.
+        metadata: A backend's, of this row alone with pages 0, 1, 2 and so on.
+    """
 
-        Args:
-            first: In the batch.
-            end: The same.
-            tokens: All that are held.
-            table: Row of the block table.
-        """
-        self.first, self.end, self.tokens = first, end, tokens
-        self.table = table.long()
+    batch: CommonAttentionMetadata
+    row: int
+    first: int
+    end: int
+    tokens: int
+    table: torch.Tensor
+    metadata: Any = None
+
+    def alone(self) -> CommonAttentionMetadata:
+        """Metadata of this row, to build a backend's from."""
+        starts = torch.tensor([0, self.end - self.first], dtype=torch.int32)
+        lens = torch.tensor([self.tokens], dtype=torch.int32)
+        pages = torch.arange(len(self.table), dtype=torch.int32)
+        return self.batch.replace(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lens,
+            seq_lens_cpu_upper_bound=lens,
+            num_reqs=1,
+            num_actual_tokens=self.end - self.first,
+            max_query_len=self.end - self.first,
+            max_seq_len=self.tokens,
+            block_table_tensor=pages[None],
+            slot_mapping=self.batch.slot_mapping[self.first : self.end],
+            _num_computed_tokens_cache=None,
+        )
 
 
 def attend_rows(
+    forward: Callable[..., Any],
     layer: Any,
-    impl: Any,
     rows: Sequence[SharedRow],
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     kv_cache: torch.Tensor,
     output: torch.Tensor,
 ) -> None:
-    """Fill in what rows with merged tokens attend to, in torch.
+    """Fill in what rows with merged tokens attend to, over restored pages.
 
     Args:
+        forward: Of the backend's implementation of attention.
         layer: Of a pair the deep one.
-        impl: Its implementation of attention.
         rows: From `SharingRows.apart`.
         query: ``[tokens, query_heads, head_size]``.
+        key: Not read.
+        value: Not read.
         kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
         output: ``[tokens, query_heads, head_size]``.
     """
     layout, block_size = page_layout(layer), kv_cache.shape[2]
     for row in rows:
         blocks = row.table[: -(-row.tokens // block_size)]
-        scales = layer.page_scales[:, blocks].flatten(1, 2).transpose(1, 2)
-        keys, values = (
-            half.take(kv_cache, blocks)[:, : row.tokens]
-            for half in (layout.keys, layout.values)
-        )
-        output[row.first : row.end] = attend(
-            query[row.first : row.end],
-            keys,
-            values,
-            *scales[:, :, : row.tokens],
-            scale=impl.scale,
-            softcap=impl.logits_soft_cap or 0.0,
-        )
+        pages = _restorer.restore(layout, kv_cache, blocks, layer.page_scales)
+        own = slice(row.first, row.end)
+        forward(layer, query[own], key, value, pages, row.metadata, output[own])
 
 
 def scaling_impl(impl: Any, scales: torch.Tensor) -> Any:
