@@ -27,7 +27,8 @@ class Fit:
         candidates: ``(first, end)`` of the tokens of which some go, None = of all in
             replaced blocks. Whole blocks in front stay, and count as kept.
         merged_blocks: Of the kept blocks, behind those that stay, so many hold tokens
-            merged with those of other layers, in one group for both.
+            merged with those of other layers.
+        borrows: Whether these blocks are the other layers'.
     """
 
     end_block: int
@@ -35,11 +36,17 @@ class Fit:
     tail_tokens: int
     candidates: tuple[int, int] | None = None
     merged_blocks: int = 0
+    borrows: bool = False
+
+    @property
+    def own_blocks(self) -> int:
+        """Private blocks that are taken from the pool."""
+        return self.kept_blocks - self.borrows * self.merged_blocks
 
     @property
     def freed_blocks(self) -> int:
         """Blocks that go back to the pool."""
-        return self.end_block - self.kept_blocks
+        return self.end_block - self.own_blocks
 
     @property
     def shrinks(self) -> bool:
@@ -70,24 +77,26 @@ def shed(held: int, first: int, end: int, blocks: int, block_size: int) -> Fit:
     return Fit(end_block, end_block - blocks, tail, (first, end))
 
 
-def merged(kept: Fit, retain: float) -> Fit:
+def merged(kept: Fit, retain: float, borrows: bool) -> Fit:
     """The same when two layers merge what they keep.
 
     Args:
         kept: Of either layer.
         retain: Share of the kept tokens that stay apart, rounded down to blocks; one
             block at least, unless the share is 0.
+        borrows: See `Fit`.
     """
     retained = max(int(retain * kept.kept_blocks), min(1, math.ceil(retain)))
-    return replace(kept, merged_blocks=max(0, kept.kept_blocks - retained))
+    count = max(0, kept.kept_blocks - retained)
+    return replace(kept, merged_blocks=count, borrows=borrows)
 
 
-def absorbed(held: int, first: int, block_size: int) -> Fit:
+def absorbed(held: int, first: int, block_size: int, borrows: bool) -> Fit:
     """Lay out ``held`` tokens when all whole blocks from token ``first`` on merge."""
     end_block, tail = divmod(held, block_size)
     end = end_block * block_size
     count = end_block - first // block_size
-    return Fit(end_block, end_block, tail, (first, end), count)
+    return Fit(end_block, end_block, tail, (first, end), count, borrows)
 
 
 def smallest_budget(block_size: int, always_kept: int) -> int:

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from .budget import (
+    Fit,
     Tier,
+    fit,
+    merged,
     paired_tiers,
     prompt_budget,
     smallest_budget,
@@ -229,7 +232,7 @@ class KVCompressionConfig(BaseModel):
         if not pairs and self.scorer.merges:
             raise ConfigError(
                 f"{KEY}: {self.method} finds no two layers to merge among "
-                f"{num_layers} of this model; lower start_layer to {num_layers - 2} or less"
+                f"{num_layers} of this model; give start_layer={num_layers - 2} or less"
             )
         return pairs
 
@@ -307,6 +310,23 @@ class KVCompressionConfig(BaseModel):
         if requested is not None:
             by_layer = [min(budget, requested) for budget in by_layer]
         return tier_budgets(by_layer, tiers, self.smallest_budget(block_size))
+
+    def tier_fits(
+        self,
+        scorer: str,
+        tiers: Sequence[Tier],
+        num_tokens: int,
+        block_size: int,
+    ) -> dict[Tier, Fit]:
+        """What becomes of one prompt in every tier; see `tier_budgets`."""
+        budgets = self.tier_budgets(scorer, tiers, num_tokens, block_size)
+        fits = {tier: fit(num_tokens, budgets[tier], block_size) for tier in tiers}
+        method = self.scorers[scorer]
+        for pair in method.layer_pairs(sum(map(len, tiers))):
+            for layer, borrows in zip(pair, (False, True), strict=True):
+                tier = next(tier for tier in tiers if layer in tier)
+                fits[tier] = merged(fits[tier], method.retained_share, borrows)
+        return fits
 
 
 def _decode(settings: Any, default: Scorer) -> DecodeConfig:

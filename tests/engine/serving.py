@@ -15,7 +15,7 @@ from tests.engine.conftest import (
     scheduler,
 )
 from tests.matrix import METHODS
-from vllm_kvcompress.budget import Fit, Tier, fit, merged
+from vllm_kvcompress.budget import Fit, Tier
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.methods.base import Scorer
 
@@ -104,14 +104,7 @@ class Request:
 
 def fits(config: KVCompressionConfig, method: str, length: int) -> dict[Tier, Fit]:
     """What becomes of a prompt, in the tiers that lose something of it."""
-    tiers = config.tiers(LAYERS)
-    budgets = config.tier_budgets(method, tiers, length, BLOCK)
-    found = {tier: fit(length, budgets[tier], BLOCK) for tier in tiers}
-    scorer = config.scorers[method]
-    for pair in scorer.layer_pairs(LAYERS):
-        for tier in tiers:
-            if tier[0] in pair:
-                found[tier] = merged(found[tier], scorer.retained_share)
+    found = config.tier_fits(method, config.tiers(LAYERS), length, BLOCK)
     return {tier: fitted for tier, fitted in found.items() if fitted.shrinks}
 
 

@@ -24,7 +24,9 @@ def test_defaults():
 def test_settings_round_trip_through_json(settings):
     config = KVCompressionConfig.from_dict(settings)
     resolved = config.settings()
-    assert settings.items() <= resolved.items()
+    # A method over which another works is named, and resolved to its settings.
+    plain = {key: value for key, value in settings.items() if key != "over"}
+    assert plain.items() <= {k: v for k, v in resolved.items() if k != "over"}.items()
     assert KVCompressionConfig.from_dict(json.loads(json.dumps(resolved))) == config
 
 

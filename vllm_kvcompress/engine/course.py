@@ -85,6 +85,14 @@ class Planner:
             for group, manager in self._managers.items()
         }
 
+    def fits(self, scorer: str, prompt: int) -> dict[int, Fit]:
+        """What becomes of a prompt that is compressed at once, by group."""
+        by_tier = self._config.tier_fits(scorer, self._tiers, prompt, self._block_size)
+        return {
+            group: by_tier[manager.kv_cache_spec.tier]
+            for group, manager in self._managers.items()
+        }
+
     def settings(self, request: Request) -> tuple[RequestSettings | None, str]:
         """What the request asks for, and why nothing may come of it."""
         params = request.sampling_params
@@ -150,20 +158,23 @@ class Planner:
 
     def _merged(self, kept: dict[int, Fit], scorer: Scorer) -> dict[int, Fit]:
         """The pairs' part of what is to be kept."""
-        paired = {*self.owners, *self.owners.values()}
-        return {group: merged(kept[group], scorer.retained_share) for group in paired}
+        return {
+            group: merged(kept[group], scorer.retained_share, group in self.owners)
+            for pair in self.owners.items()
+            for group in pair
+        }
 
     def _absorb(self, request: Request, scorer: Scorer, due: int) -> dict[int, Fit]:
         """What is to be kept where generated tokens merge, too; no others go."""
         targets = {}
         for pair in self.owners.items():
             for group in pair:
-                manager = self._managers[group]
+                manager, borrows = self._managers[group], group in self.owners
                 if manager.merges(request.request_id):
-                    targets[group] = manager.absorb(request.request_id, due)
+                    targets[group] = manager.absorb(request.request_id, due, borrows)
                 else:
                     kept = manager.fit(request.request_id, due, due)
-                    targets[group] = merged(kept, scorer.retained_share)
+                    targets[group] = merged(kept, scorer.retained_share, borrows)
         return targets
 
     def _shed(self, request: Request, scorer: Scorer, due: int) -> dict[int, Fit]:

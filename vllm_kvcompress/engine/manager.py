@@ -85,33 +85,29 @@ class CompressedKVManager(FullAttentionManager):
             self.block_size,
         )
 
-    def absorb(self, request_id: str, num_tokens: int) -> Fit:
+    def absorb(self, request_id: str, num_tokens: int, borrows: bool) -> Fit:
         """Lay out the same when the whole blocks behind the merged ones merge."""
         first = len(self._compressed[request_id].destination) * self.block_size
         held = num_tokens - self.shift(request_id) * self.block_size
-        return absorbed(held, first, self.block_size)
+        return absorbed(held, first, self.block_size, borrows)
 
     def merges(self, request_id: str) -> bool:
         """Whether a request has merged blocks."""
         state = self._compressed.get(request_id)
         return state is not None and state.merges
 
-    def reserve(
-        self, request_id: str, target: Fit, *, borrows: bool = False
-    ) -> list[KVCacheBlock] | None:
+    def reserve(self, request_id: str, target: Fit) -> list[KVCacheBlock] | None:
         """Find private blocks for a request; `compress` or `release` comes next.
 
         Args:
             request_id: A running request.
             target: What is to be kept of it, from `fit`, `shed` or `absorb`.
-            borrows: Whether its merged blocks are another group's.
 
         Returns:
             None if so many cannot be had now.
         """
         stay, source = self._source(request_id, target)
-        count = target.kept_blocks - len(stay) - borrows * target.merged_blocks
-        return self._private_blocks(source, count)
+        return self._private_blocks(source, target.own_blocks - len(stay))
 
     def release(
         self, request_id: str, target: Fit, private: list[KVCacheBlock]

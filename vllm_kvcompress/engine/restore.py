@@ -53,7 +53,7 @@ def _scale(
     factors: torch.Tensor,
     pages: torch.Tensor,
 ) -> None:
-    """Fill one half of ``pages`` with that of ``blocks`` times ``[count, heads, slots]``.
+    """Fill one half of ``pages``; factors are ``[count, kv_heads, block_size]``.
 
     Block by block, so that each is read and written once.
     """

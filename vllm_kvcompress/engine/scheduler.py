@@ -20,7 +20,6 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from ..budget import fit
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, StepPlan
 from . import metrics
@@ -83,9 +82,8 @@ class CompressedScheduler(Scheduler):
 
     def _log_capacity(self) -> None:
         length, held, full = self.max_model_len, 0, 0
-        for group, budget in self._planner.budgets(self._config.method, length).items():
-            found = fit(length, budget, self._managers[group].block_size)
-            held += found.kept_blocks + bool(found.tail_tokens)
+        for found in self._planner.fits(self._config.method, length).values():
+            held += found.own_blocks + bool(found.tail_tokens)
             full += found.end_block + bool(found.tail_tokens)
         logger.info(
             "KV compression %s: %d of %d KV cache groups; a prompt of %d tokens "
@@ -228,8 +226,7 @@ class CompressedScheduler(Scheduler):
         request_id, found = request.request_id, dict[int, list[KVCacheBlock]]()
         for group in groups:
             manager, target = self._managers[group], course.targets[group]
-            borrows = group != groups[0]
-            private = manager.reserve(request_id, target, borrows=borrows)
+            private = manager.reserve(request_id, target)
             if private is None:
                 for earlier, blocks in found.items():
                     target = course.targets[earlier]
@@ -248,7 +245,7 @@ class CompressedScheduler(Scheduler):
                 window=course.window,
                 # The lowest layers compute all tokens, and lose theirs afterwards.
                 pruned=course.prune and manager.kv_cache_spec.tier[0] > 0,
-                owner=groups[0] if group != groups[0] else None,
+                owner=groups[0] if target.borrows else None,
             )
             shared = private[: target.merged_blocks]
         return planned

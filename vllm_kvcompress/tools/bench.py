@@ -119,8 +119,8 @@ def kept_tokens(settings: Mapping[str, Any], prompt_len: int, layers: int) -> in
         tiers = config.tiers(layers)
     except ConfigError as error:
         raise ToolError(str(error)) from None
-    budgets = config.tier_budgets(config.method, tiers, prompt_len, 1)
-    kept = sum(min(prompt_len, budgets[t]) * len(t) for t in tiers) // layers
+    fits = config.tier_fits(config.method, tiers, prompt_len, 1)
+    kept = sum(fits[tier].own_blocks * len(tier) for tier in tiers) // layers
     if kept >= prompt_len:
         raise ToolError(
             f"--prompt-len {prompt_len} must be above the {kept} tokens that are kept"

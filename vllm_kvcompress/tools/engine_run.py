@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_kvcompress
 
-from ..budget import fit
 from ..config import KEY, KVCompressionConfig
 from .shapes import Prompts
 from .trace import Step, measure
@@ -129,11 +128,10 @@ def _check_proof(
     """Raise if prompts should have shrunk and none did."""
     tiers = config.tiers(layers)
     for length in {len(prompt) for prompts in passes for prompt in prompts}:
-        budgets = config.tier_budgets(config.method, tiers, length, block_size)
-        least = min(budgets.values())
-        if not compressions and fit(length, least, block_size).shrinks:
+        fits = config.tier_fits(config.method, tiers, length, block_size)
+        if not compressions and any(fit.shrinks for fit in fits.values()):
             raise RuntimeError(
-                f"prompts of {length} tokens have a budget of {least}, "
+                f"prompts of {length} tokens should have shrunk, "
                 "yet the engine compressed none"
             )
 

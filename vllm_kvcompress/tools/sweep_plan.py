@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..budget import fit
 from ..config import ConfigError, KVCompressionConfig
 from .errors import ToolError
 
@@ -126,11 +125,8 @@ def kept_tokens(
     """How many tokens of a prompt stay per KV head, in the mean of all layers."""
     config = _config(settings)
     tiers = config.tiers(layers)
-    budgets = config.tier_budgets(config.method, tiers, prompt_len, block_size)
-    freed = sum(
-        fit(prompt_len, budgets[tier], block_size).freed_blocks * len(tier)
-        for tier in tiers
-    )
+    fits = config.tier_fits(config.method, tiers, prompt_len, block_size)
+    freed = sum(fits[tier].freed_blocks * len(tier) for tier in tiers)
     return prompt_len - freed * block_size / layers
 
 
