@@ -38,38 +38,40 @@ def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
         deep: The same.
         t: 0 takes the shallow layer's direction, 1 the deep one's.
     """
-    lengths, units = zip(*map(_polar, (shallow, deep)), strict=True)
-    cosine = (units[0] * units[1]).sum(-1).clamp(-1.0, 1.0)
-    angle = torch.arccos(cosine)
+    both = [_usable(vectors.float()) for vectors in (shallow, deep)]
+    lengths = [torch.linalg.vector_norm(vectors, dim=-1) for vectors in both]
+    divisors = [torch.where(length > 0, length, 1.0) for length in lengths]
+    cosine = (both[0] * both[1]).sum(-1) / divisors[0] / divisors[1]
+    angle = torch.arccos(cosine.clamp_(-1.0, 1.0))
     sine = torch.sin(angle)
     flat = sine < _PARALLEL
     sine = sine.masked_fill(flat, 1.0)
-    weights = [
+    low, high = (
         torch.where(flat, share, torch.sin(share * angle) / sine)
         for share in (1.0 - t, t)
-    ]
-    direction = weights[0][..., None] * units[0] + weights[1][..., None] * units[1]
-    length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    # Opposite vectors in equal shares leave nothing.
-    direction = torch.where(length > _PARALLEL, direction / length, units[1])
-    empty = [own == 0 for own in lengths]
+    )
+    empty = [length == 0 for length in lengths]
+    low, high = low.masked_fill(empty[0], 0.0), high.masked_fill(empty[1], 0.0)
+    # The direction's own length: 1, but for linear interpolation and zero vectors.
+    length = (low**2 + high**2 + 2 * low * high * cosine).clamp_(min=0).sqrt_()
+    lost = length < _PARALLEL  # opposite vectors in equal shares leave nothing
+    low, high = low.masked_fill(lost, 0.0), torch.where(lost, 1.0, high)
     reach = torch.maximum(lengths[0], LEAST_SHARE * lengths[1])
+    size = reach / length.masked_fill(lost, 1.0)
+    shared = (size * low / divisors[0])[..., None] * both[0]
+    shared.addcmul_((size * high / divisors[1])[..., None], both[1])
     distance = torch.where(empty[0] ^ empty[1], 1.0, angle / math.pi)
     return Merged(
-        shared=reach[..., None] * direction,
+        shared=shared,
         ratio=torch.where(reach > 0, lengths[1] / reach, 1.0),
         distance=distance.masked_fill(empty[0] & empty[1], 0.0),
     )
 
 
-def _polar(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengths ``[...]`` and unit vectors, zero for what has no direction."""
-    vectors = vectors.float()
-    length = torch.linalg.vector_norm(vectors, dim=-1)
-    usable = torch.isfinite(length) & (length > 0)
-    length = torch.where(usable, length, 0.0)
-    unit = vectors / torch.where(usable, length, 1.0)[..., None]
-    return length, torch.where(usable[..., None], unit, 0.0)
+def _usable(vectors: torch.Tensor) -> torch.Tensor:
+    """The same with zeros for vectors that hold NaN or are infinitely long."""
+    finite = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).isfinite()
+    return vectors if finite.all() else torch.where(finite, vectors, 0.0)
 
 
 def strangeness(*distances: torch.Tensor) -> torch.Tensor:
