@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--requests", type=positive, help="requests (default: each shape's own)")
     add("--max-tokens", type=positive, help="output tokens (default: the shape's)")
+    add(
+        "--fp8",
+        action="store_true",
+        help="measure stock vLLM with an fp8 KV cache beside them",
+    )
     add("--kv-space", type=_gib, help="GiB for the KV cache (default: the shape's)")
     add(
         "--repeats",
@@ -160,6 +165,8 @@ class _Bench:
         sizes = (args.prompt_len, self.kept, args.requests, args.max_tokens)
         traffic = SHAPES[name](*sizes)
         arms = {"stock": traffic, "compressed": traffic}
+        if args.fp8:
+            arms["fp8"] = traffic
         if name == "long_decode":
             arms["limit"] = limit(*sizes)
         space = kv_space_bytes(traffic, self.model.token_bytes)
@@ -193,7 +200,10 @@ class _Bench:
         result = run_arm(
             label,
             job,
-            compressed_arm(self.method) if arm == "compressed" else {},
+            {
+                "compressed": compressed_arm(self.method),
+                "fp8": {"kv_cache_dtype": "fp8"},
+            }.get(arm, {}),
             report=self.add_task(label),
             verbose=self.args.verbose,
         )

@@ -21,7 +21,8 @@ def comparison(arms: Mapping[str, Measures]) -> Comparison:
     """One shape's entry in the JSON file.
 
     Args:
-        arms: The measures of ``stock``, ``compressed`` and perhaps ``limit``.
+        arms: The measures of ``stock``, ``compressed`` and perhaps ``limit`` and
+            ``fp8``, stock vLLM with a quantised KV cache in the same bytes.
     """
     entry: Comparison = {
         name: {key: values[key] for key in HIGHER_IS_BETTER}
@@ -29,6 +30,10 @@ def comparison(arms: Mapping[str, Measures]) -> Comparison:
     }
     stock, compressed = entry["stock"], entry["compressed"]
     entry["ratio"] = {key: ratio(compressed[key], stock[key]) for key in stock}
+    if "fp8" in entry:
+        entry["ratio_to_fp8"] = {
+            key: ratio(compressed[key], entry["fp8"][key]) for key in stock
+        }
     if "limit" in entry:
         limit = entry["limit"]
         limit["ratio_to_limit"] = ratio(compressed[DECODE], limit[DECODE])

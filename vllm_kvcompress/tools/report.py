@@ -51,22 +51,27 @@ def figure(key: str, value: float) -> str:
 
 def shape_table(name: str, entry: Comparison) -> Table:
     """One shape's figures; the losing ones are marked."""
-    arms = [arm for arm in ("stock", "compressed", "limit") if arm in entry]
+    arms = [arm for arm in ("stock", "fp8", "compressed", "limit") if arm in entry]
     table = Table(title=name, title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in (*arms, "ratio"):
+    for column in (*arms, "ratio", *(["ratio to fp8"] if "fp8" in entry else [])):
         table.add_column(column, justify="right")
     losing = lost(entry)
     for key in HIGHER_IS_BETTER:
-        change = entry["ratio"][key]
-        text = "-" if change is None else f"{change:.2f}x"
+        text = _times(entry["ratio"][key])
+        to_fp8 = [_times(entry["ratio_to_fp8"][key])] if "fp8" in entry else []
         table.add_row(
             _LABELS[key],
             *(figure(key, entry[arm][key]) for arm in arms),
             f"{text} LOST" if key in losing else text,
+            *to_fp8,
             style="red" if key in losing else "",
         )
     return table
+
+
+def _times(change: float | None) -> str:
+    return "-" if change is None else f"{change:.2f}x"
 
 
 def verdict(name: str, entry: Comparison) -> str:
