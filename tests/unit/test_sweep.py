@@ -53,13 +53,14 @@ def test_stock_runs_first_and_every_method_at_every_budget():
     assert made.skipped == []
     stock, *rest = made.arms
     assert (stock.method, stock.budget, stock.kept_tokens) == ("stock", None, 1024)
-    own = OWN_SETTINGS["pyramidinfer"]
-    with_budget = [method for method in METHODS if method != "pyramidinfer"]
-    assert len(rest) == 2 * len(with_budget) + len(own)
+    with_budget = [method for method in METHODS if method not in OWN_SETTINGS]
+    own = sum(map(len, OWN_SETTINGS.values()))
+    assert len(rest) == 2 * len(with_budget) + own
     assert [a.method for a in rest] == sorted(
         (a.method for a in rest), key=list(METHODS).index
     )
-    assert [a.parameters for a in rest if a.method == "pyramidinfer"] == own
+    for method, settings in OWN_SETTINGS.items():
+        assert [a.parameters for a in rest if a.method == method] == settings
     snapkv = next(arm for arm in rest if arm.method == "snapkv")
     assert snapkv.settings == {"method": "snapkv", "budget": 64}
     assert snapkv.label == "snapkv budget=64"

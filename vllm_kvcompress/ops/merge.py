@@ -38,10 +38,9 @@ def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
         deep: The same.
         t: 0 takes the shallow layer's direction, 1 the deep one's.
     """
-    both = [_usable(vectors.float()) for vectors in (shallow, deep)]
-    lengths = [torch.linalg.vector_norm(vectors, dim=-1) for vectors in both]
+    (first, second), lengths = zip(*map(_usable, (shallow, deep)), strict=True)
     divisors = [torch.where(length > 0, length, 1.0) for length in lengths]
-    cosine = (both[0] * both[1]).sum(-1) / divisors[0] / divisors[1]
+    cosine = (first * second).sum(-1) / divisors[0] / divisors[1]
     angle = torch.arccos(cosine.clamp_(-1.0, 1.0))
     sine = torch.sin(angle)
     flat = sine < _PARALLEL
@@ -50,16 +49,20 @@ def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
         torch.where(flat, share, torch.sin(share * angle) / sine)
         for share in (1.0 - t, t)
     )
+    shared = (low / divisors[0])[..., None] * first
+    shared.addcmul_((high / divisors[1])[..., None], second)
+    length = torch.linalg.vector_norm(shared, dim=-1)
     empty = [length == 0 for length in lengths]
-    low, high = low.masked_fill(empty[0], 0.0), high.masked_fill(empty[1], 0.0)
-    # The direction's own length: 1, but for linear interpolation and zero vectors.
-    length = (low**2 + high**2 + 2 * low * high * cosine).clamp_(min=0).sqrt_()
-    lost = length < _PARALLEL  # opposite vectors in equal shares leave nothing
-    low, high = low.masked_fill(lost, 0.0), torch.where(lost, 1.0, high)
+    lost = length < _PARALLEL
+    if lost.any():
+        # Opposite vectors in equal shares leave nothing, nor does a share of 1 in none.
+        rest = torch.where(empty[1], 0, 1) / divisors[1]
+        other = rest[..., None] * second
+        other += torch.where(empty[1], 1 / divisors[0], 0.0)[..., None] * first
+        shared = torch.where(lost[..., None], other, shared)
+        length = torch.linalg.vector_norm(shared, dim=-1)
     reach = torch.maximum(lengths[0], LEAST_SHARE * lengths[1])
-    size = reach / length.masked_fill(lost, 1.0)
-    shared = (size * low / divisors[0])[..., None] * both[0]
-    shared.addcmul_((size * high / divisors[1])[..., None], both[1])
+    shared *= (reach / torch.where(length > 0, length, 1.0))[..., None]
     distance = torch.where(empty[0] ^ empty[1], 1.0, angle / math.pi)
     return Merged(
         shared=shared,
@@ -68,10 +71,15 @@ def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
     )
 
 
-def _usable(vectors: torch.Tensor) -> torch.Tensor:
-    """The same with zeros for vectors that hold NaN or are infinitely long."""
-    finite = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).isfinite()
-    return vectors if finite.all() else torch.where(finite, vectors, 0.0)
+def _usable(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 with zeros for vectors that hold NaN or are infinitely long; lengths."""
+    vectors = vectors.float()
+    length = torch.linalg.vector_norm(vectors, dim=-1)
+    finite = length.isfinite()
+    if finite.all():
+        return vectors, length
+    vectors = torch.where(finite[..., None], vectors, 0.0)
+    return vectors, torch.where(finite, length, 0.0)
 
 
 def strangeness(*distances: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ from .errors import ToolError
 
 STOCK = "stock"
 OWN_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "pyramidinfer": [{"decay_ratio": ratio} for ratio in (0.9, 0.5, 0.1)]
+    "pyramidinfer": [{"decay_ratio": ratio} for ratio in (0.9, 0.5, 0.1)],
+    # All layers, since the bundled model has only two.
+    "minicache": [{"start_layer": 0, "retain": share} for share in (0.05, 0.5)],
 }
 """What is swept instead of ``budget`` where a method does not take one."""
 
