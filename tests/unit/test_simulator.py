@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.simulator import Violation
+from tests.shadow import Violation
 from tests.unit.planted import PLANTED
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Arrival, Workload, workloads
@@ -39,6 +39,9 @@ HAPPENS = [
     "pool dry",
     "pruned",
     "generated tokens go",
+    "merges",
+    "generated tokens merge",
+    "selected, then merged",
 ]
 
 
@@ -87,6 +90,7 @@ def explore(
 def test_invariants(runner: str, number: int) -> None:
     seen = explore(200, number, runner=runner, pyramid=False)
     seen += explore(100, number, runner=runner, pyramid=True)
+    seen += explore(150, number, runner=runner, merging=True)
     whole = dict(layered=True, groups="CC", chunk=64, long_prefill=0)
     seen += explore(60, number, runner=runner, pyramid=True, **whole)
     assert all(seen[what] for what in HAPPENS), seen
