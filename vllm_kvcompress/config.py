@@ -228,8 +228,8 @@ class KVCompressionConfig(BaseModel):
         pairs = self.scorer.layer_pairs(num_layers)
         if not pairs and self.scorer.merges:
             raise ConfigError(
-                f"{KEY}: {self.method} finds no two layers to merge among "
-                f"{num_layers} of this model; give a start_layer of at most {num_layers - 2}"
+                f"{KEY}: {self.method} finds no two layers to merge among {num_layers} "
+                f"of this model; give a start_layer of at most {num_layers - 2}"
             )
         return pairs
 

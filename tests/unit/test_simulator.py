@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.shadow import Violation
 from tests.unit.planted import PLANTED
+from tests.unit.planted_merges import MERGES
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Arrival, Workload, workloads
 from vllm_kvcompress import methods
@@ -120,11 +121,11 @@ def test_a_prompt_longer_than_the_pool_is_never_starved() -> None:
     assert run.seen["late"] > 0
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", [*PLANTED, *MERGES])
 def test_simulator_finds_planted_bugs(
     bug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name, plant, hints = PLANTED[bug]
+    owner, name, plant, hints = {**PLANTED, **MERGES}[bug]
     monkeypatch.setattr(owner, name, plant(getattr(owner, name)))
     with pytest.raises(Violation):
         explore(600, phases=(Phase.generate,), **hints)
