@@ -50,9 +50,10 @@ def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
     ]
     direction = weights[0][..., None] * units[0] + weights[1][..., None] * units[1]
     length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    # Opposite vectors in equal shares leave nothing.
-    direction = torch.where(length > _PARALLEL, direction / length, units[1])
     empty = [own == 0 for own in lengths]
+    # Opposite vectors in equal shares leave nothing, nor does a share of 1 in nothing.
+    left = torch.where(empty[1][..., None], units[0], units[1])
+    direction = torch.where(length > _PARALLEL, direction / length, left)
     reach = torch.maximum(lengths[0], LEAST_SHARE * lengths[1])
     distance = torch.where(empty[0] ^ empty[1], 1.0, angle / math.pi)
     return Merged(
