@@ -18,9 +18,9 @@ def _inputs(
 ) -> list[Tensor]:
     """Queries, keys, values and both factors."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(new, heads * group, 8), *[(heads, tokens, 8)] * 2]
+    shapes = [(new, kv_heads * group, 8), *[(kv_heads, tokens, 8)] * 2]
     found = [torch.randn(*shape, generator=generator) for shape in shapes]
-    factors = torch.rand(2, heads, tokens, generator=generator) + 0.5
+    factors = torch.rand(2, kv_heads, tokens, generator=generator) + 0.5
     return [*found, *factors]
 
 
