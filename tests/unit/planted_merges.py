@@ -37,6 +37,15 @@ def _plan_one_of_a_pair(obtain: Callable[..., Any]) -> Callable[..., Any]:
     return planted
 
 
+def _unhash_what_is_reserved(reserve: Callable[..., Any]) -> Callable[..., Any]:
+    def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = reserve(self, *args, **kwargs)
+        self._drop_hashes(found or [])
+        return found
+
+    return planted
+
+
 def _keep_factors(_: Callable[..., Any]) -> Callable[..., Any]:
     def forget(self: Any, request_id: str) -> None:
         RowShift.forget(self, request_id)
@@ -130,6 +139,12 @@ MERGES: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         MANAGER,
         "release",
         lambda _: lambda self, *args: None,
+        {"caching": True, "spare_blocks": 0},
+    ),
+    "hashes of a pair that waits": (
+        MANAGER,
+        "reserve",
+        _unhash_what_is_reserved,
         {"caching": True, "spare_blocks": 0},
     ),
     "factors kept": (SharingRows, "forget", _keep_factors, {}),
