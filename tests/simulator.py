@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,55 +20,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from tests.shadow import BLOCK, Layer, Life, Slot, answer, require
+from tests.shadow_executor import Executor
 from vllm_kvcompress.config import KEY, KVCompressionConfig
-from vllm_kvcompress.engine import executor
-from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.engine.shared_pages import SharingRows
 from vllm_kvcompress.engine.spec import CompressedAttentionSpec
 from vllm_kvcompress.plan import Compress
-
-
-class Executor(CompressionExecutor):
-    """Ours, with the shadow memory in place of tensors."""
-
-    worker: "Worker"
-
-    def _compress(
-        self, group: Any, request_id: str, row: torch.Tensor, directive: Compress
-    ) -> None:
-        """Copy no numbers, but from and to the right places."""
-        worker, (layer,) = self.worker, group.layers
-        life, index = worker.lives[request_id], layer.group
-        end = directive.num_tokens
-        if self._scorers[directive.scorer].needs_queries:
-            queries = layer.observation_window.of(request_id, directive.window)
-            life.check_window(queries, directive)
-        worker.expect(
-            row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source"
-        )
-        stay = directive.candidates[0] // BLOCK if directive.candidates else 0
-        front = tuple(row[:stay].tolist())
-        require(directive.destination[:stay] == front, directive, "moves", front)
-        worker.fill(life, index, directive, stay)
-
-    def _merge(
-        self,
-        request_id: str,
-        pair: tuple[int, int],
-        directives: Mapping[int, Compress],
-        rows: Sequence[torch.Tensor],
-    ) -> None:
-        """The same for two groups."""
-        life = self.worker.lives[request_id]
-
-        def merge_layers(scorer: Any, *parts: Any, **sizes: int) -> None:
-            self.worker.merge(scorer, life, directives, parts, sizes)
-
-        with patch.object(executor, "merge_layers", merge_layers):
-            super()._merge(request_id, pair, directives, rows)
-        if life.kept.get(pair[1]) != directives[pair[1]]:
-            life.merge(pair, directives)  # no token is left
 
 
 class Worker:

@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.request import Request
 
 from tests.shadow import BLOCK, MERGED, Slot, require
-from tests.unit.course import Course
+from tests.unit.course import Course, Next
 from tests.unit.workloads import Workload
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.plan import StepPlan
@@ -23,10 +23,36 @@ class Checks:
     managers: Any
     content: dict[bytes, list[int]]
     seen: Counter[str]
+    requests: dict[str, Request]
 
     def course(self, request: Request) -> Course:
         """What has to become of a request since it was last admitted."""
         raise NotImplementedError
+
+    def check_dry(
+        self, request_id: str, group: int, wanted: Next, merging: bool
+    ) -> None:
+        """A group, or a pair of them, waits for no other reason than private blocks.
+
+        None has become free since it asked: blocks are freed between steps.
+        """
+        free, room = self.pool.get_num_free_blocks(), True
+        owner = self.course(self.requests[request_id]).owners.get(group)
+        pair = [owner, group] if merging and owner is not None else [group]
+        for each in pair:
+            manager, target = self.managers[each], wanted.targets[each]
+            state = manager._compressed.get(request_id)
+            stay = target.candidates[0] // BLOCK if target.candidates else 0
+            listed = manager.req_to_blocks[request_id][: target.end_block]
+            source = [b for b in listed if not b.is_null]
+            source = (state.destination if state else []) + source
+            own = [b for b in source[stay:] if b.ref_cnt == 1]
+            need = target.kept - stay - (each != pair[0]) * target.merged
+            room = room and len(own) + free >= need
+            # Free ones are taken before own ones that can be hit.
+            plain = [b for b in own if b.block_hash is None]
+            free -= min(free, max(0, need - len(plain)))
+        require(not room, request_id, "groups", pair, "wait with room for", wanted)
 
     def check_request(self, request: Request, plan: StepPlan) -> None:
         """What a running request holds, in each group."""

@@ -259,31 +259,6 @@ class Run(Checks):
                 self.check_dry(request_id, group, wanted, merging)
         return wanted.late and not was_late
 
-    def check_dry(
-        self, request_id: str, group: int, wanted: Next, merging: bool
-    ) -> None:
-        """A group, or a pair of them, waits for no other reason than private blocks.
-
-        None has become free since it asked: blocks are freed between steps.
-        """
-        free, room = self.pool.get_num_free_blocks(), True
-        owner = self.course(self.requests[request_id]).owners.get(group)
-        pair = [owner, group] if merging and owner is not None else [group]
-        for each in pair:
-            manager, target = self.managers[each], wanted.targets[each]
-            state = manager._compressed.get(request_id)
-            stay = target.candidates[0] // BLOCK if target.candidates else 0
-            listed = manager.req_to_blocks[request_id][: target.end_block]
-            source = [b for b in listed if not b.is_null]
-            source = (state.destination if state else []) + source
-            own = [b for b in source[stay:] if b.ref_cnt == 1]
-            need = target.kept - stay - (each != pair[0]) * target.merged
-            room = room and len(own) + free >= need
-            # Free ones are taken before own ones that can be hit.
-            plain = [b for b in own if b.block_hash is None]
-            free -= min(free, max(0, need - len(plain)))
-        require(not room, request_id, "groups", pair, "wait with room for", wanted)
-
     def count(self, request: Request, do: Compress) -> None:
         """Count a compression, and of what kind it is."""
         prompt = request.num_prompt_tokens

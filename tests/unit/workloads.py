@@ -6,13 +6,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.shadow import BLOCK, answer
+from tests.unit.drawn_methods import MERGING, PYRAMID, a_merge, a_method
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.runner import RunnerV1, RunnerV2
 
 MAX_LEN = 64
 LAYERS_PER_GROUP = 2
 SOME_TOKENS = [1, 2, 5, 9, 16, 30]
-PYRAMID, MERGING = "pyramidinfer", "minicache"
 RUNNERS = {"V1": RunnerV1, "V2": RunnerV2}
 
 
@@ -101,46 +101,6 @@ class _Needs:
     window: int
 
 
-def _method(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """A method with its parameters."""
-    parameters = {
-        "streamingllm": {"sinks": st.integers(0, 6)},
-        "snapkv": {"window": st.integers(1, 6)},
-        "pyramidkv": {
-            "window": st.integers(1, 6),
-            "beta": st.sampled_from([1, 2, 20]),
-        },
-        "pyramidinfer": {
-            "recent_ratio": st.sampled_from([0.05, 0.2, 0.4]),
-            "decay_ratio": st.sampled_from([0.5, 0.8, 1.0]),
-            "strategy": st.sampled_from(["constant", "linear"]),
-            "min_context": st.integers(0, 4),
-            "sinks": st.integers(0, 2),
-            "prune": st.sampled_from([True, True, False]),
-            "gen_interval": st.sampled_from([2, 3, 4, 6]),
-            "gen_keep_ratio": st.sampled_from([0.0, 0.5, 0.9]),
-        },
-    }
-    return st.sampled_from(names).flatmap(
-        lambda name: st.fixed_dictionaries(
-            {"method": st.just(name), **parameters[name]}
-        )
-    )
-
-
-def _merging(layers: int) -> st.SearchStrategy[dict[str, Any]]:
-    """MiniCache, alone or over a method that selects."""
-    return st.fixed_dictionaries(
-        {
-            "method": st.just(MERGING),
-            "start_layer": st.integers(0, layers - 2),
-            "retain": st.sampled_from([0.0, 0.05, 0.4, 1.0]),
-            "interval": st.sampled_from([None, 1, 2, 3, 5, 8]),
-            "over": st.none() | _method(["streamingllm", "snapkv"]),
-        }
-    )
-
-
 @st.composite
 def _settings(
     draw: st.DrawFn,
@@ -155,10 +115,10 @@ def _settings(
     plain = ["streamingllm", "snapkv"]
     sizes = ["budget", "budget", "budget", "keep_ratio"]
     first = [*plain, "pyramidkv"] if layered else plain
-    settings = draw(_method([PYRAMID] if pyramid and layered else first))
+    settings = draw(a_method([PYRAMID] if pyramid and layered else first))
     if merging:
         first, sizes = plain, ["budget", "budget", "keep_ratio"]
-        settings = draw(_merging(layers))
+        settings = draw(a_merge(layers))
     elif layered and settings["method"] in plain:
         sizes = ["layer_budgets"]
     elif incremental:
@@ -166,13 +126,13 @@ def _settings(
     methods = [dict(settings), *([settings["over"]] if settings.get("over") else [])]
     if decode:
         rule = pyramid and not layered
-        follows = _method([PYRAMID]) if rule else st.just({}) | _method(plain)
+        follows = a_method([PYRAMID]) if rule else st.just({}) | a_method(plain)
         settings["decode"] = draw(follows)
         methods += [dict(settings["decode"])] if settings["decode"] else []
     if draw(st.integers(0, 3)) == 0:
         alone = merging or incremental or not layered
         offered = first if alone else [*first, PYRAMID]
-        others = [draw(_method([name])) for name in offered if draw(st.booleans())]
+        others = [draw(a_method([name])) for name in offered if draw(st.booleans())]
         methods += others
         settings["request_methods"] = {
             other["method"]: {k: v for k, v in other.items() if k != "method"}
