@@ -181,3 +181,16 @@ def test_preemption_chunks_and_hits_change_nothing(deep_llama: Path, name: str) 
     assert any(preempted)
     for mine, theirs in zip(tight, unhurried, strict=True):
         assert mine.near(theirs)
+
+
+def test_a_budget_without_a_whole_block(deep_llama: Path) -> None:
+    """A long tail leaves nothing to merge."""
+    over = {"method": "streamingllm", "sinks": 0}
+    settings = {"method": "minicache", "over": over, "budget": BLOCK, "interval": None}
+    with engine(deep_llama, additional_config={"kv_compression": settings}) as llm:
+        before = free_blocks(llm)
+        generate(llm, [prompt(3 * BLOCK - 1)], 8)
+        assert free_blocks(llm) == before
+        counted = stats(llm)
+    assert counted["tokens_merged"] == 0
+    assert counted["tokens_evicted"] == LAYERS * 2 * BLOCK
