@@ -6,7 +6,7 @@ so what attention would read is compared with what the request needs. A broken
 invariant raises `Violation`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -19,107 +19,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from tests.shadow import BLOCK, Layer, Life, Slot, answer, require
+from tests.shadow_executor import Executor
 from vllm_kvcompress.config import KEY, KVCompressionConfig
-from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.runner import RunnerV1
+from vllm_kvcompress.engine.shared_pages import SharingRows
+from vllm_kvcompress.engine.spec import CompressedAttentionSpec
 from vllm_kvcompress.plan import Compress
-
-BLOCK = 4  # tokens
-STOP, VOCAB = 0, 50
-Slot = tuple[int, ...]
-
-
-class Violation(AssertionError):
-    """An invariant is broken."""
-
-
-def require(holds: bool, *what: object) -> None:
-    """Raise unless an invariant holds."""
-    if not holds:
-        raise Violation(" ".join(map(str, what)))
-
-
-def chain(tokens: list[int]) -> list[int]:
-    """Content identity: a token's KV depends on the token and all before it."""
-    links = [0]
-    for token in tokens:
-        links.append(hash((links[-1], token)))
-    return links[1:]
-
-
-def answer(tokens: list[int]) -> int:
-    """The model's next token; now and then it stops by surprise."""
-    link = chain(tokens)[-1]
-    return STOP if link % 16 == 0 else 1 + link % (VOCAB - 1)
-
-
-@dataclass
-class Life:
-    """A request on the worker, from an admission until it is removed.
-
-    ``slots[group][position]`` says what the KV of a token is: ``(group, link)`` if
-    it is full attention's, ``(group, link, uid)`` if it saw a compressed context.
-    """
-
-    uid: int
-    tokens: list[int]
-    prompt: int
-    slots: list[list[Slot]]
-    computed: int = 0
-    kept: dict[int, Compress] = field(default_factory=dict)
-    private: dict[int, list[Slot]] = field(default_factory=dict)
-
-    def compute(self, tokens: int, pruned: bool = False) -> range:
-        """Go on by some tokens, and return their positions."""
-        new = range(self.computed, self.computed + tokens)
-        require(new.stop <= len(self.tokens), "a token is scheduled that is unknown")
-        mark = (self.uid,) if self.kept or pruned else ()
-        links = chain(self.tokens)[new.start : new.stop]
-        for group, slots in enumerate(self.slots):
-            slots += [(group, link, *mark) for link in links]
-        self.computed = new.stop
-        return new
-
-    def pack(self, group: int, do: Compress) -> None:
-        """Say what private blocks hold from now on, the i-th token chosen as ``-i``."""
-        held, replaced = self.held(group), (do.end_block - do.shift) * BLOCK
-        first, end = do.candidates or (0, replaced)
-        left = len(do.destination) * BLOCK - first - (replaced - end)
-        require(0 <= left <= end - first, left, "of the candidates stay", do)
-        chosen = [(group, -i, self.uid, do.num_tokens) for i in range(left)]
-        self.private[group] = held[:first] + chosen + held[end:replaced]
-        self.kept[group] = do
-
-    def held(self, group: int) -> list[Slot]:
-        """All that attention reads: private blocks, and what lies behind them."""
-        replaced = self.kept[group].end_block if group in self.kept else 0
-        return self.private.get(group, []) + self.slots[group][replaced * BLOCK :]
-
-
-class Executor(CompressionExecutor):
-    """Ours, with the shadow memory in place of tensors."""
-
-    worker: "Worker"
-
-    def _compress(
-        self, group: Any, request_id: str, row: torch.Tensor, directive: Compress
-    ) -> None:
-        """Copy no numbers, but from and to the right places."""
-        worker, (layer,) = self.worker, group.layers
-        life, index = worker.lives[request_id], layer.group
-        end = directive.num_tokens
-        if self._scorers[directive.scorer].needs_queries:
-            window = directive.window
-            seen = layer.observation_window.of(request_id, window).tolist()
-            wanted = [[life.uid, i] for i in range(end - window, end)]
-            require(seen == wanted, "observed", seen, "instead of", wanted)
-        worker.expect(
-            row.tolist(), life.held(index)[: end - directive.shift * BLOCK], "source"
-        )
-        stay = directive.candidates[0] // BLOCK if directive.candidates else 0
-        front = tuple(row[:stay].tolist())
-        require(directive.destination[:stay] == front, directive, "moves", front)
-        worker.fill(life, index, directive, stay)
 
 
 class Worker:
@@ -140,7 +46,11 @@ class Worker:
         self.free_rows = list(range(num_rows))
         rows = [torch.zeros(num_rows, width, dtype=torch.int32) for _ in specs]
         self.tables = [SimpleNamespace(gpu=t, get_numpy_array=t.numpy) for t in rows]
-        self.layers = [SimpleNamespace(group=group) for group in range(len(specs))]
+        kv_cache = torch.zeros(len(pool.blocks), 1, BLOCK, 2)  # of all layers
+        self.layers: list[Any] = [Layer(group, kv_cache) for group in range(len(specs))]
+        for layer, spec in zip(self.layers, specs, strict=True):
+            if isinstance(spec, CompressedAttentionSpec):
+                layer.compressed_index = spec.tier[0]
         config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
         self.device = torch.device("cpu")
         self.compression = Executor(config, self.device)
@@ -154,6 +64,11 @@ class Worker:
         self.input_batch = SimpleNamespace(
             req_ids=[], req_id_to_index=self.rows, block_table=self.tables
         )
+
+    def scales(self) -> list[torch.Tensor]:
+        """Factors of all deep layers."""
+        found = [getattr(layer, "page_scales", None) for layer in self.layers]
+        return [scales for scales in found if scales is not None]
 
     # Requests ------------------------------------------------------------------
 
@@ -284,6 +199,37 @@ class Worker:
         for i, block in list(enumerate(do.destination))[stay:]:
             self.memory[block] = life.private[group][i * BLOCK : (i + 1) * BLOCK]
 
+    def merge(
+        self,
+        scorer: Any,
+        life: Life,
+        directives: Mapping[int, Compress],
+        parts: Sequence[Any],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Write what two layers keep, and the deep one's factors."""
+        pair = [part.layer.group for part in parts]
+        do = directives[pair[1]]
+        stay = do.candidates[0] // BLOCK if do.candidates else 0
+        candidates = (do.end_block - do.shift - stay) * BLOCK
+        selected = candidates > (len(do.destination) - stay) * BLOCK
+        for group, part in zip(pair, parts, strict=True):
+            source = life.held(group)[stay * BLOCK : do.num_tokens - do.shift * BLOCK]
+            self.expect(part.source.tolist(), source, f"group {group} merges")
+            asked = {"num_tokens": len(source), "candidates": candidates}
+            asked["merged_blocks"] = do.merged_blocks
+            require(sizes == asked, "merges", sizes, "instead of", asked)
+            if selected and scorer.needs_queries:
+                life.check_window(part.queries, directives[group])
+        life.merge(pair, directives)
+        for group, part in zip(pair, parts, strict=True):
+            for i, block in enumerate(part.target.tolist(), start=stay):
+                slots = life.private[group][i * BLOCK : (i + 1) * BLOCK]
+                self.memory[block] = slots
+        shared = parts[1].target[: do.merged_blocks]
+        (factor,) = {*life.factors(life.private[pair[1]])} - {1} or {1}
+        parts[1].layer.page_scales[:, shared] = factor
+
     def _attend(self, group: int, batch: list[str], counts: list[int]) -> None:
         """Read the rows as kernels do: shifted left, and shorter."""
         lens = torch.tensor([self.lives[r].computed for r in batch]).int()
@@ -296,6 +242,10 @@ class Worker:
         )
         if shift := self.compression.row_shift(group):
             seen = shift.physical(seen, BLOCK)
+        if isinstance(shift, SharingRows):
+            merges = [self.lives[r].merges(group) for r in batch]
+            found, wanted = shift.sharing(), [i for i, m in enumerate(merges) if m]
+            require(found == wanted, "rows", found, "share pages, not", wanted)
         rows, lengths = seen.block_table_tensor.tolist(), seen.seq_lens.tolist()
         for i, (request_id, row) in enumerate(zip(batch, rows, strict=True)):
             life, length = self.lives[request_id], lengths[i]
@@ -310,6 +260,8 @@ class Worker:
             what = f"{request_id} group {group}"
             blocks = row[first : -(-length // BLOCK)]
             self.expect(blocks, wanted[first * BLOCK :], what)
+            if (scales := getattr(self.layers[group], "page_scales", None)) is not None:
+                self.expect_factors(scales[:, blocks], life.factors(wanted), what)
 
     def expect(self, blocks: list[int], wanted: list[Slot], what: str) -> None:
         """Invariants 3 and 7: what is read is still held, and is what is needed."""
@@ -317,6 +269,14 @@ class Worker:
             require(self.pool.blocks[block].ref_cnt > 0, what, "reads free", block)
         found = [slot for block in blocks for slot in self.memory[block]]
         require(found[: len(wanted)] == wanted, what, found, "instead of", wanted)
+
+    def expect_factors(
+        self, scales: torch.Tensor, wanted: list[int], what: str
+    ) -> None:
+        """Each token is read with its own factor, and most with none."""
+        for found in scales.flatten(1).tolist():
+            same = found[: len(wanted)] == wanted
+            require(same, what, "has factors", found, "instead of", wanted)
 
     def sample_tokens(self) -> ModelRunnerOutput:
         batch, sampled = list(self.input_batch.req_ids), []

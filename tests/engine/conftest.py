@@ -70,6 +70,12 @@ def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lopsided(tmp_path_factory.mktemp("lopsided"))
 
 
+@pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `llama` with 4 layers."""
+    return save_llama(tmp_path_factory.mktemp("deep"), layers=4)
+
+
 @contextlib.contextmanager
 def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
     """An ``LLM`` that is gone at the end, with all of its memory."""

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.dense import DenseLlama, Edit, Prefill
+from tests.dense import DenseLlama
 from tests.engine.conftest import (
     BLOCK,
     engine,
     free_blocks,
     generate,
     prompt,
-    save_llama,
 )
-from tests.oracle import minicache
+from tests.merged import Merges
 from vllm_kvcompress import stats
-from vllm_kvcompress.config import KVCompressionConfig
 
 LAYERS, COUNT = 4, 80
 LENGTHS = [500, 90, 231, 97]
@@ -25,53 +23,13 @@ COURSES: dict[str, dict[str, Any]] = {
     "default": {"interval": 48},
     "range": {"retention": "range", "retain": 0.25, "gamma": 0.4, "interval": 16},
     "all layers": {"start_layer": 0, "retain": 0.0, "t": 0.3, "interval": None},
+    "selected": {
+        "over": {"method": "snapkv", "window": 16},
+        "budget": 192,
+        "retain": 0.2,
+        "interval": 32,
+    },
 }
-
-
-def edits(settings: dict[str, Any], length: int) -> dict[int, Edit]:
-    """What merges, and when."""
-    scorer: Any = KVCompressionConfig.from_dict(settings).scorer
-    pairs = scorer.layer_pairs(LAYERS)
-    gamma = scorer.gamma if scorer.retention == "range" else None
-    found: dict[int, Edit] = {}
-    done = 0
-    for due in [length, *scorer.decisions(length, length + COUNT - 1)]:
-        blocks = due // BLOCK - done
-        retained = 0
-        if not done:
-            retained = max(int(scorer.retain * blocks), 1 if scorer.retain else 0)
-        if blocks > retained:
-            span = slice(done * BLOCK, (done + blocks) * BLOCK)
-            found[due] = _edit(pairs, span, scorer.t, retained * BLOCK, gamma)
-            done += blocks
-    return found
-
-
-def _edit(
-    pairs: list[tuple[int, int]],
-    span: slice,
-    t: float,
-    retained: int,
-    gamma: float | None,
-) -> Edit:
-    def edit(state: Prefill, visible: Any) -> None:
-        for pair in pairs:
-            for head in range(len(state.keys[0])):
-                held = [
-                    (state.keys[i][head, span], state.values[i][head, span])
-                    for i in pair
-                ]
-                restored, _ = minicache(*held, t=t, retained=retained, gamma=gamma)
-                for layer, (keys, values) in zip(pair, restored, strict=True):
-                    state.keys[layer][head, span] = keys
-                    state.values[layer][head, span] = values
-
-    return edit
-
-
-@pytest.fixture(scope="session")
-def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("deep"), layers=LAYERS)
 
 
 @pytest.fixture(scope="module", params=COURSES)
@@ -90,6 +48,6 @@ def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
     assert stats(llm)["tokens_merged"] > 0
     for length, answer in zip(LENGTHS, answers, strict=True):
         tokens = prompt(length, seed=length) + answer.tokens
-        merged = edits(settings, length)
-        expected = dense.run(tokens, length, {}, merged)
-        assert float((expected - answer.logprobs).abs().max()) < 5e-4, (length, merged)
+        found = Merges(settings, LAYERS, length, COUNT, BLOCK)
+        expected = dense.run(tokens, length, found.cuts, found.edits)
+        assert float((expected - answer.logprobs).abs().max()) < 5e-4, length

@@ -18,6 +18,12 @@ LENGTHS = [500, 90, 231]
 SETTINGS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": 128, "window": 16, "decode": {"interval": 48}},
     "tova": {"budget": 128},
+    "minicache": {
+        "start_layer": 0,
+        "over": {"method": "snapkv", "window": 16},
+        "budget": 128,
+        "interval": 32,
+    },
     "pyramidinfer": {"decay_ratio": 0.6, "min_context": 16, "layers_per_tier": 1},
 }
 SCRIPT = """

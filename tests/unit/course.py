@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.simulator import BLOCK
+from tests.shadow import BLOCK
 from vllm_kvcompress.budget import smallest_budget, tier_budgets, whole_block_budgets
 from vllm_kvcompress.config import DECODE, KEY, KVCompressionConfig
 
@@ -17,11 +17,13 @@ class Target(NamedTuple):
         end_block: Blocks that are replaced, from the request's start on.
         kept: Blocks that replace them.
         candidates: Held tokens of which some go, None = of all that are replaced.
+        merged: How many of the blocks that replace them two groups share.
     """
 
     end_block: int
     kept: int
     candidates: tuple[int, int] | None = None
+    merged: int = 0
 
 
 @dataclass
@@ -73,6 +75,14 @@ class Course:
         # By the rule for generated tokens: decided upon so far, blocks that went.
         self.decided = dict.fromkeys(self.tiers, self.prompt)
         self.gone = dict.fromkeys(self.tiers, 0)
+        self.merged = dict.fromkeys(self.tiers, 0)  # private blocks of two groups
+        layers = sum(len(tier) for tier in set(self.tiers.values()))
+        group = {tier[0]: group for group, tier in self.tiers.items()}
+        # Group of a deep layer -> of the shallow one, whose blocks it borrows.
+        self.owners = {
+            group[deep]: group[shallow]
+            for shallow, deep in self.config.scorer.layer_pairs(layers)
+        }
         wished = self.wish.get(KEY)
         offered = wished in self.config.request_methods
         self.reading = wished if offered else self.config.method
@@ -83,11 +93,16 @@ class Course:
         """Blocks that the request holds less than without compression."""
         return self.replaced[group] - self.private[group]
 
+    def borrowed(self, group: int) -> int:
+        """Private blocks that are another group's."""
+        return self.merged[group] if group in self.owners else 0
+
     def planned(self, compression: Next, groups: Iterable[int], computed: int) -> None:
         """With so many tokens computed, some groups are compressed, others later."""
         for group in groups:
             before, target = self.lost(group), compression.targets.pop(group)
-            self.replaced[group], self.private[group], candidates = target
+            self.replaced[group], self.private[group], candidates, merged = target
+            self.merged[group] += merged
             stay = candidates[0] // BLOCK if candidates else 0
             self.front[group] = min(stay, self.front.get(group, stay))
             if candidates:
@@ -117,6 +132,8 @@ class Course:
                 recent = rule.queries_wanted(tokens)
                 fits = tokens - recent == prompt + (times + 1) * rule.gen_interval
                 times += fits
+            elif tokens > prompt and rule.merges:
+                fits = rule.interval and (tokens - prompt) % rule.interval == 0
             elif tokens > prompt:
                 decode = config.decode
                 fits = decode and (tokens - prompt) % decode.interval == 0
@@ -135,17 +152,22 @@ class Course:
         for due, times in self._dues():
             scorer = self.writing if due > self.prompt else self.reading
             method = self.config.scorers[scorer]
-            window = method.queries_wanted(due)
-            rules = method.generates and due > self.prompt
+            later = due > self.prompt
+            absorbs, rules = method.merges and later, method.generates and later
+            window = 0 if absorbs else method.queries_wanted(due)
             # What its windows have in common is kept, unless the last one was late.
             kept = rules and computed == before
             if due <= computed or (due - window < computed and not kept):
                 continue
-            found = self._shed(method, due, times) if rules else self._fit(scorer, due)
+            if absorbs:
+                found = self._absorb(method, due)
+            else:
+                shed = rules and self._shed(method, due, times)
+                found = shed or self._fit(scorer, due)
             targets = {
                 group: target
                 for group, target in found.items()
-                if target.end_block - target.kept > self.lost(group)
+                if target.merged or target.end_block - target.kept > self.lost(group)
             }
             if targets:
                 prune = method.prunes and due == self.prompt <= self.room
@@ -159,6 +181,32 @@ class Course:
             whole, tail = divmod(due - self.lost(group) * BLOCK, BLOCK)
             kept = min(whole, (budget - tail) // BLOCK)
             targets[group] = Target(whole + self.lost(group), kept)
+        method = self.config.scorers[scorer]
+        return self._merge(method, targets) if method.merges else targets
+
+    def _merge(self, method: Any, kept: dict[int, Target]) -> dict[int, Target]:
+        """The same with all but some blocks merged, in layers that have a partner."""
+        targets = dict(kept)
+        for group in (*self.owners, *self.owners.values()):
+            apart = int(method.retain * kept[group].kept)
+            apart = max(apart, 1) if method.retain else 0
+            targets[group] = kept[group]._replace(
+                merged=max(0, kept[group].kept - apart)
+            )
+        return targets
+
+    def _absorb(self, method: Any, due: int) -> dict[int, Target]:
+        """All whole blocks behind the merged ones; or all, if there are none."""
+        targets = {}
+        for group in (*self.owners, *self.owners.values()):
+            whole, held = due // BLOCK, due // BLOCK - self.lost(group)
+            target = Target(whole, held)
+            if self.merged[group]:
+                behind = (self.private[group] * BLOCK, held * BLOCK)
+                target = Target(whole, held, behind, whole - self.replaced[group])
+            else:
+                target = self._merge(method, dict.fromkeys(self.tiers, target))[group]
+            targets[group] = target
         return targets
 
     def _shed(self, rule: Any, due: int, times: int) -> dict[int, Target]:
@@ -192,6 +240,8 @@ class Course:
         tiers = sorted(set(self.tiers.values()))
         layers = sum(len(tier) for tier in tiers)
         method = config.scorers[scorer]
+        if method.merges and method.owns_budget:
+            return dict.fromkeys(self.tiers, self.prompt)
         if method.owns_budget:
             by_layer = method.layer_budgets(self.prompt, 0, layers)
             least = method.queries_wanted(self.prompt) + method.always_kept

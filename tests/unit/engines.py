@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from tests.simulator import BLOCK, VOCAB
+from tests.shadow import BLOCK, VOCAB
 from tests.unit.workloads import MAX_LEN, Workload
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.spec import CompressedAttentionSpec

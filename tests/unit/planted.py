@@ -25,17 +25,6 @@ def _compact_in_place(_: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, source, count: source[:count]
 
 
-def _keep_stolen_hashes(_: Callable[..., Any]) -> Callable[..., Any]:
-    def private_blocks(self: Any, source: list[Any], count: int) -> list[Any] | None:
-        own = [block for block in source if block.ref_cnt == 1]
-        fresh = min(count, self.block_pool.get_num_free_blocks())
-        if count - fresh > len(own):
-            return None
-        return own[: count - fresh] + self.block_pool.get_new_blocks(fresh)
-
-    return private_blocks
-
-
 def _free_at_planning(compress: Callable[..., Any]) -> Callable[..., Any]:
     def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
         directive = compress(self, *args, **kwargs)
@@ -239,7 +228,12 @@ EXECUTOR = CompressionExecutor
 # What goes wrong -> where it is planted, and where to look first.
 PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
     "compaction in place": (MANAGER, "_private_blocks", _compact_in_place, {}),
-    "stolen hash kept": (MANAGER, "_private_blocks", _keep_stolen_hashes, {}),
+    "stolen hash kept": (
+        MANAGER,
+        "_drop_hashes",
+        lambda _: lambda self, private: None,
+        {},
+    ),
     "freed at planning": (MANAGER, "compress", _free_at_planning, {}),
     "former private blocks leak": (
         MANAGER,

@@ -9,18 +9,18 @@ from typing import Any
 from unittest.mock import Mock
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from tests.simulator import BLOCK, STOP, Slot, Worker, chain, require
-from tests.unit.course import Course, Target
+from tests.shadow import BLOCK, STOP, chain, require
+from tests.simulator import Worker
+from tests.unit.course import Course, Next
 from tests.unit.engines import configs
+from tests.unit.invariants import Checks
 from tests.unit.workloads import MAX_LEN, RUNNERS, Workload
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.scheduler import (
     CompressedAsyncScheduler,
     CompressedScheduler,
@@ -30,7 +30,7 @@ from vllm_kvcompress.plan import Compress, StepPlan
 PATIENCE = 300  # steps without a new token or a finished request
 
 
-class Run:
+class Run(Checks):
     """A workload under way."""
 
     def __init__(self, load: Workload) -> None:
@@ -239,32 +239,25 @@ class Run:
             require(group in wanted.targets, request_id, "group", group, "unasked", do)
             target = wanted.targets[group]
             pruned = wanted.prune and min(self.tiers[group]) > 0
-            asked = (wanted.scorer, due, wanted.window, *target, course.lost(group))
+            fit = (target.end_block, target.kept, target.candidates)
+            asked = (wanted.scorer, due, wanted.window, *fit, course.lost(group))
             done = (do.scorer, do.num_tokens, do.window, do.end_block)
             done = (*done, len(do.destination), do.candidates, do.shift)
-            require((*done, do.pruned) == (*asked, pruned), do, "and not", asked)
+            merges = do.merged_blocks and (do.owner, do.merged_blocks)
+            owner = target.merged and (course.owners.get(group), target.merged)
+            done, asked = (*done, do.pruned, merges), (*asked, pruned, owner)
+            require(done == asked, do, "and not", asked)
             self.count(request, do)
-        course.planned(wanted, now, end)
+        merging = self.config.scorers[wanted.scorer].merges
+        for deep, shallow in course.owners.items() if merging else ():
+            both = (deep in now) == (shallow in now)
+            require(both, request_id, "merges", shallow, "and", deep, "apart", now)
+        self.count_blocks(course, wanted, now, end)
         require(not (wanted.prune and wanted.late), request_id, "is pruned too late")
-        for group, target in wanted.targets.items():
-            self.check_dry(request_id, group, target)
+        for group in wanted.targets:
+            if not (merging and group in course.owners.values()):
+                self.check_dry(request_id, group, wanted, merging)
         return wanted.late and not was_late
-
-    def check_dry(self, request_id: str, group: int, target: Target) -> None:
-        """A group waits for no other reason than private blocks.
-
-        None has become free since it asked: blocks are freed between steps.
-        """
-        manager = self.managers[group]
-        require(request_id in manager._compressed, request_id, "was to be compressed")
-        state = manager._compressed[request_id]
-        stay = target.candidates[0] // BLOCK if target.candidates else 0
-        listed = manager.req_to_blocks[request_id]
-        source = state.destination + listed[state.end_block : target.end_block]
-        own = [b for b in source[stay:] if b.ref_cnt == 1]
-        room = stay + len(own) + self.pool.get_num_free_blocks()
-        what = f"{request_id} group {group}"
-        require(room < target.kept, what, "waits with room for", room)
 
     def count(self, request: Request, do: Compress) -> None:
         """Count a compression, and of what kind it is."""
@@ -275,103 +268,26 @@ class Run:
             "once more": do.shift > 0,
             "again": request.num_preemptions > 0,
             "pruned": do.pruned,
-            "generated tokens go": do.candidates is not None,
+            "generated tokens go": do.candidates and not do.merged_blocks,
+            "merges": do.merged_blocks > 0,
+            "generated tokens merge": do.candidates and do.merged_blocks,
+            "selected, then merged": do.merged_blocks and do.new_shift > do.shift,
             "late": request.num_computed_tokens > do.num_tokens,
             "by another method": do.scorer in self.config.request_methods,
             "beyond the pool": prompt > (len(self.pool.blocks) - 1) * BLOCK,
         }
         self.seen["compressions"] += 1
-        self.seen["freed"] += do.freed_blocks
         self.seen.update(kind for kind, holds in kinds.items() if holds)
 
-    def check_request(self, request: Request, plan: StepPlan) -> None:
-        """What a running request holds, in each group."""
-        request_id = request.request_id
-        life, course = self.worker.lives[request_id], self.course(request)
-        for group, manager in enumerate(self.managers):
-            blocks = manager.req_to_blocks[request_id]
-            self.check_entries(blocks, life.slots[group])
-            if not isinstance(manager, CompressedKVManager):
-                continue
-            state = manager._compressed.get(request_id)
-            destination = state.destination if state else []
-            known = [block.block_id for block in destination]
-            kept = life.kept[group].destination if group in life.kept else ()
-            require(known == list(kept), "the worker keeps", kept, "not", known)
-            self.check_private(destination[course.front.get(group, 0) :])
-            nulls = [block.is_null for block in blocks]
-            replaced = course.replaced[group]
-            wanted = [entry < replaced for entry in range(len(blocks))]
-            require(nulls == wanted, request_id, "null entries", nulls, wanted)
-            # Invariant 5: as many blocks as budget.py says.
-            kept, formula = len(destination), course.private[group]
-            require(kept == formula, request_id, "keeps", kept, "and not", formula)
-            held = nulls.count(False) + kept
-            formula = -(-request.num_computed_tokens // BLOCK) - course.lost(group)
-            require(held == formula, request_id, "holds", held, "and not", formula)
-            given_back = group in plan.compress.get(request_id, {}) or not (
-                state and state.pending
-            )
-            require(given_back, request_id, "keeps originals")
-            # Invariant 9: a prompt that is not compressed can be hit as ever.
-            if not life.kept and self.load.caching:
-                whole = min(life.prompt, life.computed) // BLOCK
-                hashed = all(block.block_hash for block in blocks[:whole])
-                require(hashed, request_id, "is not cached")
+    def count_blocks(self, course: Course, wanted: Next, now: Any, end: int) -> None:
+        """Go on with a course, and count the blocks that its groups give back."""
 
-    def check_entries(self, blocks: list[Any], slots: list[Slot]) -> None:
-        """Invariant 1: a logical entry holds exactly its own tokens, or is null."""
-        for entry, block in enumerate(blocks):
-            own = slots[entry * BLOCK : (entry + 1) * BLOCK]
-            found = self.worker.memory[block.block_id][: len(own)]
-            require(block.is_null or found == own, "entry", entry, found, "not", own)
+        def gone(group: int) -> tuple[int, int]:
+            return course.lost(group), course.borrowed(group)
 
-    def check_private(self, filled: list[Any]) -> None:
-        """Invariants 2, 6: no hash leads to blocks that were filled, and one request.
-
-        A block with one reference is in one request, see `check_pool`.
-        """
-        for block in filled:
-            require(not block.block_hash, block.block_id, "is private and hashed")
-            require(block.ref_cnt == 1, block.block_id, "is not private")
-
-    def check_pool(self) -> None:
-        """Invariants 3, 4, 10: no block is lost, free and held, or wrongly hashed."""
-        holders: Counter[int] = Counter()
-        for manager in self.managers:
-            for blocks in manager.req_to_blocks.values():
-                holders.update(block.block_id for block in blocks)
-            for state in getattr(manager, "_compressed", {}).values():
-                for block in state.destination + state.pending:
-                    holders[block.block_id] += 1
-        free = {b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()}
-        for block in self.pool.blocks[1:]:
-            number = block.block_id
-            require(block.ref_cnt == holders[number], number, "has a wrong ref_cnt")
-            require((number in free) == (not block.ref_cnt), number, "free, or held")
-            if block.block_hash:
-                group = get_group_id(block.block_hash)
-                links = self.content[get_block_hash(block.block_hash)]
-                found = self.worker.memory[number]
-                exact = [(group, link) for link in links]
-                require(found == exact, "hashed block", number, "holds", found)
-
-    def check_end(self) -> None:
-        """Invariant 10: nothing is left, and the counters meet."""
-        scheduler, executor = self.scheduler, self.worker.compression
-        require(self.pool.get_num_free_blocks() == len(self.pool.blocks) - 1, "leak")
-        left = [
-            scheduler.requests,
-            scheduler._courses,
-            scheduler._exact_tokens,
-            self.worker.lives,
-            *(manager._compressed for manager in scheduler._managers.values()),
-            *(executor.row_shift(group)._shift_of for group in scheduler._managers),
-            *(window.queries for window in executor._windows),
-        ]
-        require(not any(left), "something is left", left)
-        totals, seen = executor.totals, self.seen
-        require(totals.compressions == seen["compressions"], "compressions", totals)
-        require(totals.blocks_freed == seen["freed"], "freed blocks", totals)
-        evicted = seen["freed"] * BLOCK
-        require(totals.tokens_evicted == evicted, "evicted tokens", totals)
+        before = {group: gone(group) for group in now}
+        course.planned(wanted, now, end)
+        for group, (lost, borrowed) in before.items():
+            self.seen["evicted"] += course.lost(group) - lost
+            self.seen["merged"] += course.borrowed(group) - borrowed
+            self.seen["freed"] += sum(gone(group)) - lost - borrowed

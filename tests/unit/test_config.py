@@ -24,9 +24,9 @@ def test_defaults():
 def test_settings_round_trip_through_json(settings):
     config = KVCompressionConfig.from_dict(settings)
     resolved = config.settings()
-    # A method over which another works is named, and resolved to its settings.
-    plain = {key: value for key, value in settings.items() if key != "over"}
-    assert plain.items() <= {k: v for k, v in resolved.items() if k != "over"}.items()
+    over = resolved.get("over")  # with its own parameters filled in
+    written = {**resolved, "over": over["method"]} if over else resolved
+    assert settings.items() <= written.items()
     assert KVCompressionConfig.from_dict(json.loads(json.dumps(resolved))) == config
 
 
@@ -102,6 +102,47 @@ def test_refused_in_one_sentence(settings, told):
     assert "\n" not in message
     for part in told:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"over": "pyramidkv"}, ["over=pyramidkv", "snapkv"]),
+        ({"over": "ada_snapkv"}, ["over=ada_snapkv", "snapkv"]),
+        ({"over": "pyramidinfer"}, ["over=pyramidinfer", "snapkv"]),
+        ({"over": "minicache"}, ["over=minicache", "snapkv"]),
+        ({"over": {"method": "snapkv", "sinks": 1}}, ["over.sinks", "window"]),
+        ({"over": "nope"}, ["'nope'", "snapkv"]),
+        ({"request_methods": ["pyramidkv"]}, ["request_methods=pyramidkv"]),
+        ({"decode": {"method": "snapkv"}}, ["decode", "minicache", "drop it"]),
+        ({"over": "snapkv", "layer_budgets": [99, 99]}, ["layer_budgets", "minicache"]),
+        ({"layers_per_tier": 2}, ["layers_per_tier", "minicache"]),
+        ({"over": "snapkv", "prefill": "incremental"}, ["prefill='incremental'"]),
+        ({"budget": 512}, ["budget", "minicache", "drop it"]),
+        ({"over": "snapkv", "budget": 32}, ["budget=32", "larger than the 32"]),
+        ({"t": 1.5}, ["t=1.5", "less than or equal to 1"]),
+        ({"retain": -0.1}, ["retain=-0.1", "greater than or equal to 0"]),
+        ({"retention": "literal"}, ["retention='literal'", "rank", "range"]),
+        ({"interval": 0}, ["interval=0", "greater than or equal to 1"]),
+    ],
+    ids=str,
+)
+def test_merging_is_refused_in_one_sentence(settings, told):
+    with pytest.raises(ConfigError) as caught:
+        KVCompressionConfig.from_dict({"method": "minicache", **settings})
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+@pytest.mark.parametrize(("start", "layers"), [(None, 1), (1, 2), (31, 32), (40, 32)])
+def test_a_model_without_a_pair(start, layers):
+    config = KVCompressionConfig.from_dict(
+        {"method": "minicache", "start_layer": start}
+    )
+    with pytest.raises(ConfigError, match=f"no two layers to merge among {layers}"):
+        config.tiers(layers)
 
 
 def test_not_a_mapping():

@@ -11,6 +11,7 @@ from vllm_kvcompress import register
 from vllm_kvcompress.config import ConfigError
 
 SETTINGS = {"method": "snapkv", "budget": 256, "window": 32}
+MINICACHE = {"method": "minicache", "over": "snapkv", "budget": 256}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,10 @@ def model(tmp_path_factory: Any) -> Path:
     return path
 
 
+def _settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings if "method" in settings else {**SETTINGS, **settings}
+
+
 def _config(model: Path, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     register()
     from vllm.engine.arg_utils import EngineArgs
@@ -40,7 +45,7 @@ def _config(model: Path, settings: dict[str, Any] | None = None, **kwargs: Any) 
     args = EngineArgs(
         model=str(model),
         skip_tokenizer_init=True,
-        additional_config={"kv_compression": {**SETTINGS, **(settings or {})}},
+        additional_config={"kv_compression": _settings(settings or {})},
         **{"block_size": 32, **kwargs},
     )
     return args.create_engine_config()
@@ -58,6 +63,7 @@ def test_accepted(model: Path) -> None:
     [
         ({"budget": 50}, {}, ["budget=50", "at least 63", "--block-size"]),
         ({}, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
+        (MINICACHE, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
         (
             {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -92,8 +98,8 @@ def test_refused(
         assert word in message
 
 
-def _one_layer(backend: str) -> Any:
-    """A configuration of Ada-SnapKV whose model has one layer, on some backend."""
+def _model(method: str, backend: str, **layers: int) -> Any:
+    """A configuration for a model with such layers and KV heads, on some backend."""
     import torch
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -101,19 +107,56 @@ def _one_layer(backend: str) -> Any:
     class Layer(AttentionLayerBase):
         attn_backend = SimpleNamespace(get_name=lambda: backend)
 
+        def __init__(self, layer_name: str, kv_heads: int) -> None:
+            self.layer_name, self.kv_heads = layer_name, kv_heads
+
         def get_attn_backend(self) -> Any:
             return self.attn_backend
 
         def get_kv_cache_spec(self, vllm_config: Any) -> Any:
             return FullAttentionSpec(
-                block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32
+                block_size=32,
+                num_kv_heads=self.kv_heads,
+                head_size=64,
+                dtype=torch.float32,
             )
 
-    context = SimpleNamespace(static_forward_context={"model.layers.0": Layer()})
+    named = {name.replace("_", "."): kv_heads for name, kv_heads in layers.items()}
+    found = {name: Layer(name, kv_heads) for name, kv_heads in named.items()}
     return SimpleNamespace(
-        additional_config={"kv_compression": {**SETTINGS, "method": "ada_snapkv"}},
-        compilation_config=context,
+        additional_config={"kv_compression": {"method": method}},
+        compilation_config=SimpleNamespace(static_forward_context=found),
     )
+
+
+@pytest.mark.parametrize(
+    ("backend", "layers", "words"),
+    [
+        ("FLASHINFER", {"layers_0": 2, "layers_1": 2}, ["FLASHINFER", "TRITON_ATTN"]),
+        ("FLASH_ATTN", {"layers_0": 2, "layers_1": 2}, ["FLASH_ATTN", "TRITON_ATTN"]),
+        ("TRITON_ATTN", {"layers_0": 2, "layers_1": 4}, ["layers.0 and layers.1"]),
+        ("TRITON_ATTN", {"layers_0": 2, "layers_2": 2}, ["layers.0 and layers.2"]),
+        ("TRITON_ATTN", {"layers_0": 2}, ["no two layers to merge among 1"]),
+    ],
+    ids=str,
+)
+def test_pairs_that_cannot_merge(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    layers: dict[str, int],
+    words: list[str],
+) -> None:
+    register()
+    from vllm_kvcompress.engine import layers as seam
+
+    monkeypatch.setattr(seam, "_unsupported", lambda layer: None)
+    config = _model("minicache", backend, **layers)
+    config.additional_config["kv_compression"]["start_layer"] = 0
+    with pytest.raises(ConfigError) as error:
+        seam.compress_layers(config)
+    assert "\n" not in str(error.value)
+    for word in ["minicache", *words]:
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +180,7 @@ def test_uneven_heads_need_one_head_pages(
     if layout:
         monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     with pytest.raises(ConfigError) as error:
-        layers.compress_layers(_one_layer(backend))
+        layers.compress_layers(_model("ada_snapkv", backend, layers_0=2))
     assert "\n" not in str(error.value)
     for word in ["method=ada_snapkv", *words]:
         assert word in str(error.value)

@@ -16,8 +16,9 @@ pytest.importorskip("vllm")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.simulator import Violation
+from tests.shadow import Violation
 from tests.unit.planted import PLANTED
+from tests.unit.planted_merges import MERGES
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Arrival, Workload, workloads
 from vllm_kvcompress import methods
@@ -39,6 +40,9 @@ HAPPENS = [
     "pool dry",
     "pruned",
     "generated tokens go",
+    "merges",
+    "generated tokens merge",
+    "selected, then merged",
 ]
 
 
@@ -87,6 +91,7 @@ def explore(
 def test_invariants(runner: str, number: int) -> None:
     seen = explore(200, number, runner=runner, pyramid=False)
     seen += explore(100, number, runner=runner, pyramid=True)
+    seen += explore(150, number, runner=runner, merging=True)
     whole = dict(layered=True, groups="CC", chunk=64, long_prefill=0)
     seen += explore(60, number, runner=runner, pyramid=True, **whole)
     assert all(seen[what] for what in HAPPENS), seen
@@ -116,11 +121,11 @@ def test_a_prompt_longer_than_the_pool_is_never_starved() -> None:
     assert run.seen["late"] > 0
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", [*PLANTED, *MERGES])
 def test_simulator_finds_planted_bugs(
     bug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name, plant, hints = PLANTED[bug]
+    owner, name, plant, hints = {**PLANTED, **MERGES}[bug]
     monkeypatch.setattr(owner, name, plant(getattr(owner, name)))
     with pytest.raises(Violation):
         explore(600, phases=(Phase.generate,), **hints)

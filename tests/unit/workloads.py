@@ -5,14 +5,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.simulator import BLOCK, answer
-from vllm_kvcompress.config import KEY
+from tests.shadow import BLOCK, answer
+from tests.unit.drawn_methods import MERGING, PYRAMID, a_merge, a_method
+from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.runner import RunnerV1, RunnerV2
 
 MAX_LEN = 64
 LAYERS_PER_GROUP = 2
 SOME_TOKENS = [1, 2, 5, 9, 16, 30]
-PYRAMID = "pyramidinfer"
 RUNNERS = {"V1": RunnerV1, "V2": RunnerV2}
 
 
@@ -70,6 +70,14 @@ class Workload:
 
     def tiers(self) -> dict[int, tuple[int, ...]]:
         """Layers that share a group's budget, by group."""
+        compressed = [i for i, letter in enumerate(self.groups) if letter == "C"]
+        if self.settings["method"] == MERGING:  # one layer each: lone, shallow, deep
+            scorer = KVCompressionConfig.from_dict(self.settings).scorer
+            pairs = scorer.layer_pairs(len(compressed))
+            shallow, deep = (list(part) for part in zip(*pairs, strict=True))
+            lone = {*range(len(compressed))} - {*shallow, *deep}
+            order = [(layer,) for layer in [*sorted(lone), *shallow, *deep]]
+            return dict(zip(compressed, order, strict=True))
         layers = list(range(self.groups.count("C") * LAYERS_PER_GROUP))
         tiered = "layer_budgets" in self.settings
         tiered = tiered or self.settings["method"] in ("pyramidkv", "pyramidinfer")
@@ -93,33 +101,6 @@ class _Needs:
     window: int
 
 
-def _method(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """A method with its parameters."""
-    parameters = {
-        "streamingllm": {"sinks": st.integers(0, 6)},
-        "snapkv": {"window": st.integers(1, 6)},
-        "pyramidkv": {
-            "window": st.integers(1, 6),
-            "beta": st.sampled_from([1, 2, 20]),
-        },
-        "pyramidinfer": {
-            "recent_ratio": st.sampled_from([0.05, 0.2, 0.4]),
-            "decay_ratio": st.sampled_from([0.5, 0.8, 1.0]),
-            "strategy": st.sampled_from(["constant", "linear"]),
-            "min_context": st.integers(0, 4),
-            "sinks": st.integers(0, 2),
-            "prune": st.sampled_from([True, True, False]),
-            "gen_interval": st.sampled_from([2, 3, 4, 6]),
-            "gen_keep_ratio": st.sampled_from([0.0, 0.5, 0.9]),
-        },
-    }
-    return st.sampled_from(names).flatmap(
-        lambda name: st.fixed_dictionaries(
-            {"method": st.just(name), **parameters[name]}
-        )
-    )
-
-
 @st.composite
 def _settings(
     draw: st.DrawFn,
@@ -128,25 +109,30 @@ def _settings(
     layered: bool,
     incremental: bool,
     pyramid: bool,
+    merging: bool,
 ) -> tuple[dict[str, Any], _Needs]:
     """What a server compresses, when, and how much of it."""
     plain = ["streamingllm", "snapkv"]
     sizes = ["budget", "budget", "budget", "keep_ratio"]
     first = [*plain, "pyramidkv"] if layered else plain
-    settings = draw(_method([PYRAMID] if pyramid and layered else first))
-    if layered and settings["method"] in plain:
+    settings = draw(a_method([PYRAMID] if pyramid and layered else first))
+    if merging:
+        first, sizes = plain, ["budget", "budget", "keep_ratio"]
+        settings = draw(a_merge(layers))
+    elif layered and settings["method"] in plain:
         sizes = ["layer_budgets"]
     elif incremental:
         sizes = ["budget"]
-    methods = [dict(settings)]
+    methods = [dict(settings), *([settings["over"]] if settings.get("over") else [])]
     if decode:
         rule = pyramid and not layered
-        follows = _method([PYRAMID]) if rule else st.just({}) | _method(plain)
+        follows = a_method([PYRAMID]) if rule else st.just({}) | a_method(plain)
         settings["decode"] = draw(follows)
         methods += [dict(settings["decode"])] if settings["decode"] else []
     if draw(st.integers(0, 3)) == 0:
-        offered = first if incremental or not layered else [*first, PYRAMID]
-        others = [draw(_method([name])) for name in offered if draw(st.booleans())]
+        alone = merging or incremental or not layered
+        offered = first if alone else [*first, PYRAMID]
+        others = [draw(a_method([name])) for name in offered if draw(st.booleans())]
         methods += others
         settings["request_methods"] = {
             other["method"]: {k: v for k, v in other.items() if k != "method"}
@@ -158,7 +144,7 @@ def _settings(
     least = BLOCK + kept - 1
     budget = st.integers(least, least + 12)
     size = draw(st.sampled_from(sizes))
-    if all(method["method"] == PYRAMID for method in methods):
+    if all(method["method"] in (PYRAMID, MERGING) for method in methods):
         pass
     elif size == "budget":
         settings[size] = draw(budget)
@@ -191,7 +177,8 @@ def _wish(draw: st.DrawFn, settings: dict[str, Any], least: int) -> dict[str, An
         others = list(settings.get("request_methods", ()))
         wish[KEY] = draw(st.sampled_from(["on", settings["method"], *others]))
     method = wish.get(KEY, "on")
-    if PYRAMID in (method, settings["method"] if method == "on" else method):
+    method = settings["method"] if method == "on" else method
+    if method == PYRAMID or (method == MERGING and not settings["over"]):
         return wish  # its own parameters say what is kept
     if kind and draw(st.booleans() if kind == "method" else st.just(True)):
         fixed = settings.get("budget") or max(settings.get("layer_budgets", [MAX_LEN]))
@@ -206,6 +193,7 @@ def workloads(
     layered: bool | None = None,
     incremental: bool | None = None,
     pyramid: bool | None = None,
+    merging: bool | None = None,
     **fixed: Any,
 ) -> Workload:
     """Prompts around the budget, and pools just large enough.
@@ -216,9 +204,15 @@ def workloads(
         layered: Whether budgets differ by layer.
         incremental: Whether prompts are compressed while they are read.
         pyramid: Whether PyramidInfer reads prompts, or at least rules the answers.
+        merging: Whether layers merge; then only how is drawn of the above.
         fixed: Fields of the workload that are not drawn.
     """
     seldom = st.sampled_from([False, False, True])
+    if merging is None:
+        others = (decode, layered, incremental, pyramid)
+        merging = others == (None,) * 4 and "groups" not in fixed and draw(seldom)
+    if merging:
+        decode, layered, incremental, pyramid = False, True, False, False
     if incremental is None:
         incremental = not pyramid and decode is not False and draw(seldom)
     if decode is None:
@@ -229,9 +223,12 @@ def workloads(
         layered = draw(seldom) != pyramid
     plain = ["C", "C", "CC", "CW", "CWC"]
     choice = st.sampled_from(["CC", "CWC"] if layered else plain)
+    if merging:
+        choice = st.sampled_from(["CC", "CC", "CWC", "CCC", "CCCC", "CCCCC"])
     groups = fixed.pop("groups", None) or draw(choice)
-    layers = groups.count("C") * LAYERS_PER_GROUP
-    settings, needs = draw(_settings(layers, decode, layered, incremental, pyramid))
+    layers = groups.count("C") * (1 if merging else LAYERS_PER_GROUP)
+    kind = (decode, layered, incremental, pyramid, merging)
+    settings, needs = draw(_settings(layers, *kind))
     if "W" in groups:  # the pruner knows compressed layers only
         others = settings.get("request_methods", {}).values()
         for method in (settings, settings.get("decode", {}), *others):

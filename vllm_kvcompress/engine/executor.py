@@ -249,6 +249,8 @@ class CompressionExecutor:
         if not (isinstance(scorer, MiniCache) and isinstance(sharing, SharingRows)):
             raise TypeError(f"{KEY}: {scorer.name} merges no layers")
         stay = directive.candidates[0] // size if directive.candidates else 0
+        if len(directive.destination) == stay:
+            return  # a selection has left no whole block
         moved = directive.end_block - directive.shift - stay
         selects = moved > len(directive.destination) - stay
         for layers in zip(*(group.layers for group in groups), strict=True):
@@ -271,8 +273,9 @@ class CompressionExecutor:
                 candidates=moved * size,
                 merged_blocks=directive.merged_blocks * split,
             )
-        shared = parts[1].target[: directive.merged_blocks * split]
-        sharing.share(request_id, shared)
+        if directive.merged_blocks:
+            shared = parts[1].target[: directive.merged_blocks * split]
+            sharing.share(request_id, shared)
 
     @torch.inference_mode()
     def _compress(

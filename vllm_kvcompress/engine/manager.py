@@ -148,6 +148,7 @@ class CompressedKVManager(FullAttentionManager):
         stay, source = self._source(request_id, target)
         taken = {block.block_id for block in private}
         destination = stay + private
+        self._drop_hashes(private)
         blocks[:end_block] = [self._null_block] * end_block
         state.end_block, state.destination = end_block, destination
         state.pending += [block for block in source if block.block_id not in taken]
@@ -188,7 +189,7 @@ class CompressedKVManager(FullAttentionManager):
         """Find ``count`` blocks that nobody else reads or can hit.
 
         Own blocks without a hash come first (prefix caching off), then free
-        ones, then own unshared ones from the end, whose hash is dropped.
+        ones, then own unshared ones from the end, which `compress` unhashes.
         """
         own = [block for block in source if block.ref_cnt == 1]
         found = [block for block in own if block.block_hash is None][:count]
@@ -198,10 +199,13 @@ class CompressedKVManager(FullAttentionManager):
         if short > len(hashed):
             return None
         found += self.block_pool.get_new_blocks(fresh)
-        for block in hashed[len(hashed) - short :]:
-            self.block_pool._maybe_evict_cached_block(block)
-            found.append(block)
-        return found
+        return found + hashed[len(hashed) - short :]
+
+    def _drop_hashes(self, private: list[KVCacheBlock]) -> None:
+        """Own blocks are about to be filled with other tokens."""
+        for block in private:
+            if block.block_hash is not None:
+                self.block_pool._maybe_evict_cached_block(block)
 
     def take_pending(self) -> list[KVCacheBlock]:
         """Originals whose reader is on its way, the first to be evicted first.

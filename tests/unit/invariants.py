@@ -1,0 +1,171 @@
+"""What has to hold after each step of a simulation, whatever was planned."""
+
+from collections import Counter
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+from vllm.v1.request import Request
+
+from tests.shadow import BLOCK, MERGED, Slot, require
+from tests.unit.course import Course, Next
+from tests.unit.workloads import Workload
+from vllm_kvcompress.engine.manager import CompressedKVManager
+from vllm_kvcompress.plan import StepPlan
+
+
+class Checks:
+    """The invariants of the design, by their numbers there."""
+
+    load: Workload
+    scheduler: Any
+    worker: Any
+    pool: Any
+    managers: Any
+    content: dict[bytes, list[int]]
+    seen: Counter[str]
+    requests: dict[str, Request]
+
+    def course(self, request: Request) -> Course:
+        """What has to become of a request since it was last admitted."""
+        raise NotImplementedError
+
+    def check_dry(
+        self, request_id: str, group: int, wanted: Next, merging: bool
+    ) -> None:
+        """A group, or a pair of them, waits for no other reason than private blocks.
+
+        None has become free since it asked: blocks are freed between steps.
+        """
+        free, room = self.pool.get_num_free_blocks(), True
+        owner = self.course(self.requests[request_id]).owners.get(group)
+        pair = [owner, group] if merging and owner is not None else [group]
+        for each in pair:
+            manager, target = self.managers[each], wanted.targets[each]
+            state = manager._compressed.get(request_id)
+            stay = target.candidates[0] // BLOCK if target.candidates else 0
+            listed = manager.req_to_blocks[request_id][: target.end_block]
+            source = [b for b in listed if not b.is_null]
+            source = (state.destination if state else []) + source
+            own = [b for b in source[stay:] if b.ref_cnt == 1]
+            need = target.kept - stay - (each != pair[0]) * target.merged
+            room = room and len(own) + free >= need
+            # Free ones are taken before own ones that can be hit.
+            plain = [b for b in own if b.block_hash is None]
+            free -= min(free, max(0, need - len(plain)))
+        require(not room, request_id, "groups", pair, "wait with room for", wanted)
+
+    def check_request(self, request: Request, plan: StepPlan) -> None:
+        """What a running request holds, in each group."""
+        request_id = request.request_id
+        life, course = self.worker.lives[request_id], self.course(request)
+        for group, manager in enumerate(self.managers):
+            blocks = manager.req_to_blocks[request_id]
+            self.check_entries(blocks, life.slots[group])
+            if not isinstance(manager, CompressedKVManager):
+                continue
+            state = manager._compressed.get(request_id)
+            destination = state.destination if state else []
+            known = [block.block_id for block in destination]
+            kept = life.kept[group].destination if group in life.kept else ()
+            require(known == list(kept), "the worker keeps", kept, "not", known)
+            self.check_private(destination[course.front.get(group, 0) :])
+            self.check_borrowed(request_id, group, course)
+            nulls = [block.is_null for block in blocks]
+            replaced = course.replaced[group]
+            wanted = [entry < replaced for entry in range(len(blocks))]
+            require(nulls == wanted, request_id, "null entries", nulls, wanted)
+            # Invariant 5: as many blocks as budget.py says.
+            kept, formula = len(destination), course.private[group]
+            require(kept == formula, request_id, "keeps", kept, "and not", formula)
+            held = nulls.count(False) + kept
+            formula = -(-request.num_computed_tokens // BLOCK) - course.lost(group)
+            require(held == formula, request_id, "reads", held, "and not", formula)
+            given_back = group in plan.compress.get(request_id, {}) or not (
+                state and state.pending
+            )
+            require(given_back, request_id, "keeps originals")
+            # Invariant 9: a prompt that is not compressed can be hit as ever.
+            if not life.kept and self.load.caching:
+                whole = min(life.prompt, life.computed) // BLOCK
+                hashed = all(block.block_hash for block in blocks[:whole])
+                require(hashed, request_id, "is not cached")
+
+    def check_borrowed(self, request_id: str, group: int, course: Course) -> None:
+        """Both groups of a pair know the same merged blocks, and one owns them."""
+        state = self.managers[group]._compressed.get(request_id)
+        shared = [
+            block.block_id
+            for block in (state.destination if state else ())
+            if self.worker.memory[block.block_id][0][0] == MERGED
+        ]
+        count = course.merged[group]
+        require(len(shared) == count, request_id, "merged", shared, "not", count)
+        borrowed = state.borrowed if state else set()
+        if group not in course.owners:
+            require(not borrowed, request_id, "borrows", borrowed)
+            return
+        require(borrowed == {*shared}, request_id, "borrows", borrowed, "of", shared)
+        owner = self.managers[course.owners[group]]._compressed.get(request_id)
+        owned = [block.block_id for block in owner.destination] if owner else []
+        common = [number for number in owned if number in borrowed]
+        require(common == shared, request_id, "shares", shared, "owned", common)
+
+    def check_entries(self, blocks: list[Any], slots: list[Slot]) -> None:
+        """Invariant 1: a logical entry holds exactly its own tokens, or is null."""
+        for entry, block in enumerate(blocks):
+            own = slots[entry * BLOCK : (entry + 1) * BLOCK]
+            found = self.worker.memory[block.block_id][: len(own)]
+            require(block.is_null or found == own, "entry", entry, found, "not", own)
+
+    def check_private(self, filled: list[Any]) -> None:
+        """Invariants 2, 6: no hash leads to blocks that were filled, and one request.
+
+        A block with one reference is in one request, see `check_pool`.
+        """
+        for block in filled:
+            require(not block.block_hash, block.block_id, "is private and hashed")
+            require(block.ref_cnt == 1, block.block_id, "is not private")
+
+    def check_pool(self) -> None:
+        """Invariants 3, 4, 10: no block is lost, free and held, or wrongly hashed."""
+        holders: Counter[int] = Counter()
+        for manager in self.managers:
+            for blocks in manager.req_to_blocks.values():
+                holders.update(block.block_id for block in blocks)
+            for state in getattr(manager, "_compressed", {}).values():
+                for block in state.destination + state.pending:
+                    holders[block.block_id] += block.block_id not in state.borrowed
+        free = {b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()}
+        for block in self.pool.blocks[1:]:
+            number = block.block_id
+            require(block.ref_cnt == holders[number], number, "has a wrong ref_cnt")
+            require((number in free) == (not block.ref_cnt), number, "free, or held")
+            if block.block_hash:
+                group = get_group_id(block.block_hash)
+                links = self.content[get_block_hash(block.block_hash)]
+                found = self.worker.memory[number]
+                exact = [(group, link) for link in links]
+                require(found == exact, "hashed block", number, "holds", found)
+
+    def check_end(self) -> None:
+        """Invariant 10: nothing is left, and the counters meet."""
+        scheduler, executor = self.scheduler, self.worker.compression
+        require(self.pool.get_num_free_blocks() == len(self.pool.blocks) - 1, "leak")
+        left = [
+            scheduler.requests,
+            scheduler._courses,
+            scheduler._exact_tokens,
+            self.worker.lives,
+            *(manager._compressed for manager in scheduler._managers.values()),
+            *(executor.row_shift(group)._shift_of for group in scheduler._managers),
+            *(window.queries for window in executor._windows),
+        ]
+        require(not any(left), "something is left", left)
+        totals, seen = executor.totals, self.seen
+        require(totals.compressions == seen["compressions"], "compressions", totals)
+        require(totals.blocks_freed == seen["freed"], "freed blocks", totals)
+        for what in ("evicted", "merged"):
+            found, wanted = getattr(totals, f"tokens_{what}"), seen[what] * BLOCK
+            require(found == wanted, what, found, "tokens and not", wanted)
+        for scales in self.worker.scales():
+            require(bool((scales == 1).all()), "factors are left")
