@@ -16,6 +16,7 @@ from tests.engine.conftest import (
     save_llama,
 )
 from tests.oracle import minicache
+from tests.quantised import FORMATS, Stored
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 
@@ -28,21 +29,28 @@ COURSES: dict[str, dict[str, Any]] = {
 }
 
 
-def edits(settings: dict[str, Any], length: int) -> dict[int, Edit]:
-    """What merges, and when."""
+def edits(
+    settings: dict[str, Any],
+    length: int,
+    *,
+    layers: int = LAYERS,
+    count: int = COUNT,
+    stored: Stored = FORMATS["auto"],
+) -> dict[int, Edit]:
+    """What merges, and when, in pages that make ``stored`` of a vector."""
     scorer: Any = KVCompressionConfig.from_dict(settings).scorer
-    pairs = scorer.layer_pairs(LAYERS)
+    pairs = scorer.layer_pairs(layers)
     gamma = scorer.gamma if scorer.retention == "range" else None
     found: dict[int, Edit] = {}
     done = 0
-    for due in [length, *scorer.decisions(length, length + COUNT - 1)]:
+    for due in [length, *scorer.decisions(length, length + count - 1)]:
         blocks = due // BLOCK - done
         retained = 0
         if not done:
             retained = max(int(scorer.retain * blocks), 1 if scorer.retain else 0)
         if blocks > retained:
             span = slice(done * BLOCK, (done + blocks) * BLOCK)
-            found[due] = _edit(pairs, span, scorer.t, retained * BLOCK, gamma)
+            found[due] = _edit(pairs, span, scorer.t, retained * BLOCK, gamma, stored)
             done += blocks
     return found
 
@@ -53,6 +61,7 @@ def _edit(
     t: float,
     retained: int,
     gamma: float | None,
+    stored: Stored,
 ) -> Edit:
     def edit(state: Prefill, visible: Any) -> None:
         for pair in pairs:
@@ -61,10 +70,20 @@ def _edit(
                     (state.keys[i][head, span], state.values[i][head, span])
                     for i in pair
                 ]
-                restored, _ = minicache(*held, t=t, retained=retained, gamma=gamma)
-                for layer, (keys, values) in zip(pair, restored, strict=True):
-                    state.keys[layer][head, span] = keys
-                    state.values[layer][head, span] = values
+                (shallow, deep), stayed = minicache(
+                    *held, t=t, retained=retained, gamma=gamma
+                )
+                merged = [i for i in range(len(shallow[0])) if i not in stayed]
+                for half, cache in enumerate((state.keys, state.values)):
+                    for own, layer in zip((shallow, deep), pair, strict=True):
+                        cache[layer][head, span] = own[half]
+                    # One code for both, and what the deep layer multiplies it by.
+                    code = stored(shallow[half][merged])
+                    ratio = deep[half][merged].norm(dim=-1) / shallow[half][
+                        merged
+                    ].norm(dim=-1)
+                    cache[pair[0]][head, span][merged] = code
+                    cache[pair[1]][head, span][merged] = code * ratio[:, None]
 
     return edit
 

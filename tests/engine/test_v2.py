@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import save_llama
+
 CASES = Path(__file__).with_name("v2_cases.py")
 RUNNERS = {
     "v1": "vllm.v1.worker.cpu_model_runner",
@@ -137,6 +139,30 @@ def test_triton_attention(llama: Path, tmp_path: Path) -> None:
     for answer in case["all"]:
         assert answer["kept"]
         assert answer["error"] < TOLERANCE, answer["length"]
+
+
+# An engine may round an element the other way than the dense model does.
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "tolerance"),
+    [
+        ("auto", TOLERANCE),
+        ("fp8", 1e-2),
+        ("int8_per_token_head", 5e-3),
+        ("fp8_per_token_head", 1e-2),
+        ("int4_per_token_head", 5e-2),
+    ],
+)
+def test_pairs_share_codes(
+    kv_cache_dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    """A lone layer, a shallow and a deep one; pages of Triton's kernels."""
+    model = save_llama(tmp_path / "model", layers=3)
+    case = _run("v2", model, tmp_path, kv_cache_dtype)["merging"]
+    assert case["backends"] == ["Compressed_TRITON_ATTN"] * 3
+    assert case["due"] == [94, 96]
+    assert case["merged"] == 64
+    assert case["leaked"] == 0
+    assert case["error"] < tolerance < case["loss"]
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
