@@ -46,10 +46,10 @@ class DenseLlama:
     """An ordinary Llama checkpoint in plain torch.
 
     Attributes:
-        stored: What becomes of a layer's keys, and of its values, in the cache.
+        stored: What becomes of keys (0) and values (1) of a layer in the cache.
     """
 
-    stored: Callable[[Tensor], Tensor] = staticmethod(lambda tokens: tokens)
+    stored: Callable[[Tensor, int, int], Tensor] = staticmethod(lambda x, *_: x)
 
     def __init__(self, path: str | Path) -> None:
         config = json.loads((Path(path) / "config.json").read_text())
@@ -105,7 +105,7 @@ class DenseLlama:
             query = self._rotate(project("q", self.heads), positions)
             key = self._rotate(project("k", self.kv_heads), positions).transpose(0, 1)
             value = project("v", self.kv_heads).transpose(0, 1)
-            key, value = self.stored(key), self.stored(value)
+            key, value = self.stored(key, layer, 0), self.stored(value, layer, 1)
             if start:
                 state.queries[layer] = torch.cat([state.queries[layer], query])
                 key = state.keys[layer] = torch.cat([state.keys[layer], key], 1)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 
 Tensor = torch.Tensor
-Stored = Callable[[Tensor], Tensor]
+# Vectors, their layer, and whether they are keys (0) or values (1).
+Stored = Callable[[Tensor, int, int], Tensor]
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -50,10 +51,6 @@ def int4_per_token_head(x: Tensor) -> Tensor:
     return single_rht((codes - zero) * scale, inverse=True) / x.shape[-1]
 
 
-FORMATS: dict[str, Stored] = {
-    "auto": lambda x: x,
-    "fp8": fp8,
-    "int8_per_token_head": int8_per_token_head,
-    "fp8_per_token_head": fp8_per_token_head,
-    "int4_per_token_head": int4_per_token_head,
-}
+_ALL = (fp8, int8_per_token_head, fp8_per_token_head, int4_per_token_head)
+FORMATS: dict[str, Stored] = {"auto": lambda x, *_: x}
+FORMATS |= {own.__name__: lambda x, *_, own=own: own(x) for own in _ALL}

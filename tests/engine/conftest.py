@@ -105,6 +105,13 @@ def free_blocks(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def attention(llm: Any) -> list[Any]:
+    """The engine's own attention layers, from the bottom."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    config = worker.model_runner.vllm_config.compilation_config
+    return list(config.static_forward_context.values())
+
+
 def preemptions(llm: Any) -> list[int]:
     """Collects how many compressions each preemption undoes."""
     seen: list[int] = []

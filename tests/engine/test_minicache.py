@@ -9,6 +9,7 @@ import pytest
 from tests.dense import DenseLlama, Edit, Prefill
 from tests.engine.conftest import (
     BLOCK,
+    attention,
     engine,
     free_blocks,
     generate,
@@ -16,7 +17,7 @@ from tests.engine.conftest import (
     save_llama,
 )
 from tests.oracle import minicache
-from tests.quantised import FORMATS, Stored
+from tests.quantised import FORMATS, Stored, fp8, fp8_cut
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 
@@ -78,7 +79,7 @@ def _edit(
                     for own, layer in zip((shallow, deep), pair, strict=True):
                         cache[layer][head, span] = own[half]
                     # One code for both, and what the deep layer multiplies it by.
-                    code = stored(shallow[half][merged])
+                    code = stored(shallow[half][merged], pair[0], half)
                     ratio = deep[half][merged].norm(dim=-1) / shallow[half][
                         merged
                     ].norm(dim=-1)
@@ -101,14 +102,54 @@ def served(request: Any, deep_llama: Path) -> Iterator[tuple[Any, Any]]:
         yield llm, settings
 
 
-def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
-    llm, settings = served
-    before, dense = free_blocks(llm), DenseLlama(deep_llama)
+def _check(
+    llm: Any,
+    dense: DenseLlama,
+    settings: dict[str, Any],
+    tolerance: float = 5e-4,
+    **kwargs: Any,
+) -> None:
+    """Serve all lengths, and compare with what a dense model of merged tokens says."""
+    before = free_blocks(llm)
     answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], COUNT)
     assert free_blocks(llm) == before
     assert stats(llm)["tokens_merged"] > 0
     for length, answer in zip(LENGTHS, answers, strict=True):
         tokens = prompt(length, seed=length) + answer.tokens
-        merged = edits(settings, length)
+        merged = edits(settings, length, layers=dense.layers, **kwargs)
         expected = dense.run(tokens, length, {}, merged)
-        assert float((expected - answer.logprobs).abs().max()) < 5e-4, (length, merged)
+        error = float((expected - answer.logprobs).abs().max())
+        assert error < tolerance, (length, merged)
+
+
+def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
+    llm, settings = served
+    _check(llm, DenseLlama(deep_llama), settings)
+
+
+def test_pairs_with_one_memory_share_factors(tmp_path: Path) -> None:
+    """Two groups of deep layers, on the same pages with the same factors."""
+    model = save_llama(tmp_path, layers=5)
+    settings = {"method": "minicache", "start_layer": 1, "interval": 48}
+    with engine(model, additional_config={"kv_compression": settings}) as llm:
+        deep = [layer for layer in attention(llm) if hasattr(layer, "page_scales")]
+        assert len({layer.page_scales.data_ptr() for layer in deep}) == 1
+        assert len(deep) == 2
+        _check(llm, DenseLlama(model), settings)
+
+
+def test_pairs_share_8_bit_floats(deep_llama: Path) -> None:
+    """Every layer has scales of its own, as a calibrated model's have."""
+    settings = {"method": "minicache", "interval": 48}
+    config = {"kv_compression": settings}
+    with engine(deep_llama, additional_config=config, kv_cache_dtype="fp8") as llm:
+        scales = [(0.5 + 0.1 * index, 0.25 - 0.05 * index) for index in range(LAYERS)]
+        for layer, (key, value) in zip(attention(llm), scales, strict=True):
+            layer._k_scale.fill_(key)
+            layer._v_scale.fill_(value)
+            layer._k_scale_float, layer._v_scale_float = key, value
+        dense = DenseLlama(deep_llama)
+        dense.stored = lambda x, layer, half: fp8_cut(x, scales[layer][half])
+        nearest: Stored = lambda x, layer, half: fp8(x, scales[layer][half])  # noqa: E731
+        # A digit more or less is an eighth of an element.
+        _check(llm, dense, settings, 2e-2, stored=nearest)

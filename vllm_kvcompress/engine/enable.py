@@ -67,7 +67,8 @@ def _refusals(
             cache.cache_dtype not in readable,
             f"--kv-cache-dtype {cache.cache_dtype}"
             + f" and method={config.method}" * (cache.cache_dtype in QUANTISED),
-            "use --kv-cache-dtype auto",
+            "use --kv-cache-dtype auto"
+            + ", or method=minicache without over" * (cache.cache_dtype in QUANTISED),
         ),
         (
             cache.kv_sharing_fast_prefill,
