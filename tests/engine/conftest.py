@@ -112,6 +112,31 @@ def attention(llm: Any) -> list[Any]:
     return list(config.static_forward_context.values())
 
 
+def block_bytes(llm: Any) -> int:
+    """Bytes of memory per block of the pool: pages, and factors beside them."""
+    layers = attention(llm)
+    pages = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}
+    scaled = [layer.page_scales for layer in layers if hasattr(layer, "page_scales")]
+    factors = {own.data_ptr(): own for own in scaled}
+    found = sum(cache[0].nbytes for cache in pages.values())
+    return found + sum(own[:, 0].nbytes for own in factors.values())
+
+
+def blocks_held(llm: Any, tokens: list[int]) -> int:
+    """Blocks of a request one step after its prompt was read."""
+    from vllm import SamplingParams
+
+    before = free_blocks(llm)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False)
+    name = llm.llm_engine.add_request("77", {"prompt_token_ids": tokens}, params)
+    requests = scheduler(llm).requests
+    while not (requests and requests[name].num_output_tokens > 1):
+        llm.llm_engine.step()
+    held = before - free_blocks(llm)
+    llm.llm_engine.abort_request([name], internal=True)
+    return held
+
+
 def preemptions(llm: Any) -> list[int]:
     """Collects how many compressions each preemption undoes."""
     seen: list[int] = []

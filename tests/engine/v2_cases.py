@@ -316,20 +316,31 @@ class Cases:
     def merging(self, kv_cache_dtype: str) -> dict[str, Any]:
         """Pairs of layers share pages of Triton's kernels, of any format."""
         from tests.dense import DenseLlama
-        from tests.engine.conftest import free_blocks, generate, prompt
+        from tests.engine.conftest import (
+            block_bytes,
+            blocks_held,
+            free_blocks,
+            generate,
+            prompt,
+        )
         from tests.engine.test_minicache import edits
-        from vllm_kvcompress import stats
 
         self._switches.attention = "TRITON_ATTN"
         config = {"kv_compression": MERGING}
         # Two whole blocks, one retained and one merged; then a third one merges.
         length, count = 94, 6
+        # A block is too short to merge: all is vLLM's own.
+        short = [prompt(20, seed=20)]
+        with self._engine(additional_config={}, kv_cache_dtype=kv_cache_dtype) as llm:
+            (own,) = generate(llm, short, 2)
         with self._engine(
             additional_config=config,
             kv_cache_dtype=kv_cache_dtype,
             max_num_batched_tokens=128,
         ) as llm:
             watch, before = Watch(llm), free_blocks(llm)
+            (unmerged,) = generate(llm, short, 2)
+            held = blocks_held(llm, prompt(100, seed=100))
             (answer,) = generate(llm, [prompt(length)], count)
             model = DenseLlama(self._model)
             model.stored = FORMATS[kv_cache_dtype]
@@ -347,7 +358,8 @@ class Cases:
                 "error": float((exact - answer.logprobs).abs().max()),
                 "loss": float((exact - apart).abs().max()),
                 "due": sorted(merged),
-                "merged": stats(llm)["tokens_merged"],
+                "stock": own.same(unmerged),
+                "bytes": held * block_bytes(llm),
                 "leaked": before - free_blocks(llm),
                 **watch.summary(),
             }
