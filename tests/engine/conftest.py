@@ -112,6 +112,19 @@ def attention(llm: Any) -> list[Any]:
     return list(config.static_forward_context.values())
 
 
+def calibrate(llm: Any) -> list[tuple[float, float]]:
+    """Give every layer scales of 8-bit floats of its own, of keys and of values."""
+    scales = []
+    for index, layer in enumerate(attention(llm)):
+        layer._k_scale_float, layer._v_scale_float = 2.0**-index, 2.0 ** (index - 4)
+        scales.append((layer._k_scale_float, layer._v_scale_float))
+        for own, scale in zip(
+            (layer._k_scale, layer._v_scale), scales[-1], strict=True
+        ):
+            own.fill_(scale)
+    return scales
+
+
 def block_bytes(llm: Any) -> int:
     """Bytes of memory per block of the pool: pages, and factors beside them."""
     layers = attention(llm)

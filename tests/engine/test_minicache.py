@@ -12,6 +12,7 @@ from tests.engine.conftest import (
     attention,
     block_bytes,
     blocks_held,
+    calibrate,
     engine,
     free_blocks,
     generate,
@@ -21,7 +22,7 @@ from tests.engine.conftest import (
 from tests.oracle import minicache
 from tests.quantised import FORMATS, Stored, fp8, fp8_cut
 from vllm_kvcompress import stats
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 from vllm_kvcompress.footprint import Footprint
 
 LAYERS, COUNT = 4, 80
@@ -149,16 +150,12 @@ def test_pairs_share_8_bit_floats(deep_llama: Path) -> None:
     settings = {"method": "minicache", "interval": 48, "retain": 0.0}
     config = {"kv_compression": settings}
     with engine(deep_llama, additional_config=config, kv_cache_dtype="fp8") as llm:
-        scales = [(2.0**-layer, 2.0 ** (layer - 4)) for layer in range(LAYERS)]
-        for layer, (key, value) in zip(attention(llm), scales, strict=True):
-            layer._k_scale.fill_(key)
-            layer._v_scale.fill_(value)
-            layer._k_scale_float, layer._v_scale_float = key, value
+        scales = calibrate(llm)
         dense = DenseLlama(deep_llama)
         dense.stored = lambda x, layer, half: fp8_cut(x, scales[layer][half])
         nearest: Stored = lambda x, layer, half: fp8(x, scales[layer][half])  # noqa: E731
-        # One code more or less is up to an eighth of an element.
-        _check(llm, dense, settings, 3e-2, stored=nearest)
+        # One code more or less is up to an eighth of an element; wrong scales are 1.
+        _check(llm, dense, settings, 0.1, stored=nearest)
 
 
 def test_bytes_are_the_formulas(deep_llama: Path) -> None:
@@ -168,3 +165,16 @@ def test_bytes_are_the_formulas(deep_llama: Path) -> None:
         held = blocks_held(llm, prompt(300)) * block_bytes(llm)
     model = Footprint(LAYERS, [(2, 3)], BLOCK, 2, 2 * 32 * 2, 4)
     assert held == model.request_bytes(300, retain=0.25)
+
+
+def test_scales_per_token_need_tritons_kernels(deep_llama: Path) -> None:
+    config = {"kv_compression": {"method": "minicache"}}
+    with (
+        pytest.raises(ConfigError, match="CPU_ATTN.*give --attention-backend TRITON"),
+        engine(
+            deep_llama,
+            additional_config=config,
+            kv_cache_dtype="int4_per_token_head",
+        ),
+    ):
+        pass

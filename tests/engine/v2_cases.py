@@ -14,7 +14,7 @@ from typing import Any
 # On the path for one import only: folders of the root would shadow packages.
 sys.path[0] = str(Path(__file__).parents[2])
 from tests.engine import v2_harness  # noqa: E402
-from tests.quantised import FORMATS  # noqa: E402
+from tests.quantised import FORMATS, fp8  # noqa: E402
 
 del sys.path[0]
 
@@ -319,11 +319,13 @@ class Cases:
         from tests.engine.conftest import (
             block_bytes,
             blocks_held,
+            calibrate,
             free_blocks,
             generate,
             prompt,
         )
         from tests.engine.test_minicache import edits
+        from vllm_kvcompress.engine.layers import scale_share
 
         self._switches.attention = "TRITON_ATTN"
         config = {"kv_compression": MERGING}
@@ -332,18 +334,21 @@ class Cases:
         # A block is too short to merge: all is vLLM's own.
         short = [prompt(20, seed=20)]
         with self._engine(additional_config={}, kv_cache_dtype=kv_cache_dtype) as llm:
+            calibrate(llm)
             (own,) = generate(llm, short, 2)
         with self._engine(
             additional_config=config,
             kv_cache_dtype=kv_cache_dtype,
             max_num_batched_tokens=128,
         ) as llm:
-            watch, before = Watch(llm), free_blocks(llm)
+            watch, before, scales = Watch(llm), free_blocks(llm), calibrate(llm)
             (unmerged,) = generate(llm, short, 2)
             held = blocks_held(llm, prompt(100, seed=100))
             (answer,) = generate(llm, [prompt(length)], count)
             model = DenseLlama(self._model)
             model.stored = FORMATS[kv_cache_dtype]
+            if kv_cache_dtype == "fp8":
+                model.stored = lambda x, layer, half: fp8(x, scales[layer][half])
             merged = edits(
                 MERGING,
                 length,
@@ -360,6 +365,7 @@ class Cases:
                 "due": sorted(merged),
                 "stock": own.same(unmerged),
                 "bytes": held * block_bytes(llm),
+                "share": scale_share(llm.llm_engine.vllm_config),
                 "leaked": before - free_blocks(llm),
                 **watch.summary(),
             }

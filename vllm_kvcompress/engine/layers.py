@@ -64,6 +64,9 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             "start without --kv-compression"
         )
     _check_pairs(config, layers, vllm_config)
+    for _, deep in config.pairs(len(layers)):
+        # Factors are applied to what 8-bit queries find only if these have no scale.
+        layers[deep].query_quant = None
     # Models build their layers from the bottom up.
     most_tokens = config.most_tokens
     for tier in config.tiers(len(layers)):
@@ -94,8 +97,6 @@ def _check_pairs(
                     f"--kv-cache-dtype {layer.kv_cache_dtype}; give "
                     "--attention-backend TRITON_ATTN or --kv-cache-dtype fp8"
                 )
-        # An 8-bit query would be rounded for vLLM's own kernel of 8-bit floats.
-        deep.query_quant = None
         names = [layer.layer_name for layer in (shallow, deep)]
         places = [extract_layer_index(name) for name in names]
         alike = shallow.get_kv_cache_spec(vllm_config) == deep.get_kv_cache_spec(
