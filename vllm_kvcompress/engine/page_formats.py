@@ -258,5 +258,5 @@ def find_scales(layer: Any) -> None:
     with the same memory have written theirs.
     """
     impl: Any = getattr(layer, "impl", None)
-    if getattr(impl, "_is_per_token_head_quant", False):
+    if getattr(impl, "_is_per_token_head_quant", False) and layer.kv_cache.ndim == 4:
         impl._ensure_scale_caches(layer.kv_cache)
