@@ -33,3 +33,24 @@ def test_tiers_share_factors() -> None:
 def test_nothing_merges() -> None:
     model = Footprint(32, (), 16, 8, 512, 0)
     assert model.request_bytes(1600, retain=0.0) == 32 * 1600 * 8 * 512
+
+
+@pytest.mark.parametrize(
+    ("start", "retain", "head_size", "ratio"),
+    [
+        (16, 0.05, 128, 4.66),
+        (8, 0.05, 128, 5.52),
+        (16, 0.05, 64, 4.20),
+        (8, 0.05, 64, 4.97),
+        (8, 0.02, 64, 5.06),
+    ],
+)
+def test_ratio_of_4_bits(
+    start: int, retain: float, head_size: int, ratio: float
+) -> None:
+    """To all of 32 layers in bfloat16; the paper has 5.02 without saying of what."""
+    pairs = MiniCache(start_layer=start).layer_pairs(32)
+    model = Footprint(32, pairs, 16, 1, token_bytes=head_size + 8, factor_bytes=8)
+    full = Footprint(32, (), 16, 1, token_bytes=4 * head_size, factor_bytes=0)
+    taken = model.request_bytes(32768, retain)
+    assert full.request_bytes(32768, 0.0) / taken == pytest.approx(ratio, abs=0.01)
