@@ -43,7 +43,13 @@ Edit = Callable[[Prefill, list[Tensor]], None]
 
 
 class DenseLlama:
-    """An ordinary Llama checkpoint in plain torch."""
+    """An ordinary Llama checkpoint in plain torch.
+
+    Attributes:
+        stored: What becomes of keys (0) and values (1) of a layer in the cache.
+    """
+
+    stored: Callable[[Tensor, int, int], Tensor] = staticmethod(lambda x, *_: x)
 
     def __init__(self, path: str | Path) -> None:
         config = json.loads((Path(path) / "config.json").read_text())
@@ -99,6 +105,7 @@ class DenseLlama:
             query = self._rotate(project("q", self.heads), positions)
             key = self._rotate(project("k", self.kv_heads), positions).transpose(0, 1)
             value = project("v", self.kv_heads).transpose(0, 1)
+            key, value = self.stored(key, layer, 0), self.stored(value, layer, 1)
             if start:
                 state.queries[layer] = torch.cat([state.queries[layer], query])
                 key = state.keys[layer] = torch.cat([state.keys[layer], key], 1)

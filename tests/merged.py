@@ -6,6 +6,7 @@ import torch
 
 from tests.dense import Cut, Edit, Prefill
 from tests.oracle import minicache
+from tests.quantised import FORMATS, Stored
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Layer
 from vllm_kvcompress.ops.select import select
@@ -24,7 +25,13 @@ class Merges:
     """
 
     def __init__(
-        self, settings: dict[str, Any], layers: int, length: int, count: int, size: int
+        self,
+        settings: dict[str, Any],
+        layers: int,
+        length: int,
+        count: int,
+        size: int,
+        stored: Stored = FORMATS["auto"],
     ) -> None:
         """Work out when so long a prompt merges, and ``count`` tokens after it.
 
@@ -34,11 +41,12 @@ class Merges:
             length: Of the prompt.
             count: Generated tokens.
             size: Tokens per block.
+            stored: What the cache makes of merged vectors, for the shallow layer.
         """
         config = KVCompressionConfig.from_dict(settings)
         self._scorer: Any = config.scorer
         self._pairs = self._scorer.layer_pairs(layers)
-        self._layers, self._size = layers, size
+        self._layers, self._size, self._stored = layers, size, stored
         self.edits: dict[int, Edit] = {}
         self.cuts: dict[int, Cut] = {}
         done = 0
@@ -82,12 +90,19 @@ class Merges:
                         (state.keys[i][head, own], state.values[i][head, own])
                         for i in pair
                     ]
-                    restored, _ = minicache(
+                    restored, stayed = minicache(
                         *held, t=scorer.t, retained=retained * size, gamma=gamma
                     )
-                    for layer, (keys, values) in zip(pair, restored, strict=True):
-                        state.keys[layer][head, own] = torch.stack([*keys])
-                        state.values[layer][head, own] = torch.stack([*values])
+                    merged = [i for i in range(len(own)) if i not in stayed]
+                    for half, caches in enumerate((state.keys, state.values)):
+                        shallow, deep = (layer[half] for layer in restored)
+                        # One code for both, and what the deep layer multiplies it by.
+                        code = self._stored(shallow[merged], pair[0], half)
+                        ratio = deep.norm(dim=-1) / shallow.norm(dim=-1)
+                        shallow[merged] = code
+                        deep[merged] = code * ratio[merged, None]
+                        for layer, vectors in zip(pair, (shallow, deep), strict=True):
+                            caches[layer][head, own] = vectors
 
         return edit
 

@@ -111,6 +111,51 @@ def free_blocks(llm: Any) -> int:
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def attention(llm: Any) -> list[Any]:
+    """The engine's own attention layers, from the bottom."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    config = worker.model_runner.vllm_config.compilation_config
+    return list(config.static_forward_context.values())
+
+
+def calibrate(llm: Any) -> list[tuple[float, float]]:
+    """Give every layer scales of 8-bit floats of its own, of keys and of values."""
+    scales = []
+    for index, layer in enumerate(attention(llm)):
+        layer._k_scale_float, layer._v_scale_float = 2.0**-index, 2.0 ** (index - 4)
+        scales.append((layer._k_scale_float, layer._v_scale_float))
+        for own, scale in zip(
+            (layer._k_scale, layer._v_scale), scales[-1], strict=True
+        ):
+            own.fill_(scale)
+    return scales
+
+
+def block_bytes(llm: Any) -> int:
+    """Bytes of memory per block of the pool: pages, and factors beside them."""
+    layers = attention(llm)
+    pages = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers}
+    scaled = [layer.page_scales for layer in layers if hasattr(layer, "page_scales")]
+    factors = {own.data_ptr(): own for own in scaled}
+    found = sum(cache[0].nbytes for cache in pages.values())
+    return found + sum(own[:, 0].nbytes for own in factors.values())
+
+
+def blocks_held(llm: Any, tokens: list[int]) -> int:
+    """Blocks of a request one step after its prompt was read."""
+    from vllm import SamplingParams
+
+    before = free_blocks(llm)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False)
+    name = llm.llm_engine.add_request("77", {"prompt_token_ids": tokens}, params)
+    requests = scheduler(llm).requests
+    while not (requests and requests[name].num_output_tokens > 1):
+        llm.llm_engine.step()
+    held = before - free_blocks(llm)
+    llm.llm_engine.abort_request([name], internal=True)
+    return held
+
+
 def preemptions(llm: Any) -> list[int]:
     """Collects how many compressions each preemption undoes."""
     seen: list[int] = []

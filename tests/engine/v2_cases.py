@@ -14,12 +14,14 @@ from typing import Any
 # On the path for one import only: folders of the root would shadow packages.
 sys.path[0] = str(Path(__file__).parents[2])
 from tests.engine import v2_harness  # noqa: E402
+from tests.quantised import FORMATS, fp8  # noqa: E402
 
 del sys.path[0]
 
 WINDOW = 16
 SETTINGS = {"method": "snapkv", "budget": 64, "window": WINDOW, "kernel_size": 5}
 UNEVEN = {**SETTINGS, "method": "ada_snapkv", "budget": 128, "floor": 0.0}
+MERGING = {"method": "minicache", "start_layer": 1, "interval": 2, "retain": 0.25}
 LENGTHS = [330, 131, 64, 227, 290]
 COUNT = 40
 TIGHT_POOL = 15
@@ -311,11 +313,65 @@ class Cases:
             watch = Watch(llm)
             return {"all": self._answers(llm, [231, 192], 4), **watch.summary()}
 
+    def merging(self, kv_cache_dtype: str) -> dict[str, Any]:
+        """Pairs of layers share pages of Triton's kernels, of any format."""
+        from tests.dense import DenseLlama
+        from tests.engine.conftest import (
+            BLOCK,
+            block_bytes,
+            blocks_held,
+            calibrate,
+            free_blocks,
+            generate,
+            prompt,
+        )
+        from tests.merged import Merges
+        from vllm_kvcompress.engine.layers import scale_share
+
+        self._switches.attention = "TRITON_ATTN"
+        config = {"kv_compression": MERGING}
+        # Two whole blocks, one retained and one merged; then a third one merges.
+        length, count = 94, 6
+        # A block is too short to merge: all is vLLM's own.
+        short = [prompt(20, seed=20)]
+        with self._engine(additional_config={}, kv_cache_dtype=kv_cache_dtype) as llm:
+            calibrate(llm)
+            (own,) = generate(llm, short, 2)
+        with self._engine(
+            additional_config=config,
+            kv_cache_dtype=kv_cache_dtype,
+            max_num_batched_tokens=128,
+        ) as llm:
+            watch, before, scales = Watch(llm), free_blocks(llm), calibrate(llm)
+            (unmerged,) = generate(llm, short, 2)
+            held = blocks_held(llm, prompt(100, seed=100))
+            (answer,) = generate(llm, [prompt(length)], count)
+            model = DenseLlama(self._model)
+            model.stored = FORMATS[kv_cache_dtype]
+            if kv_cache_dtype == "fp8":
+                model.stored = lambda x, layer, half: fp8(x, scales[layer][half])
+            merges = Merges(MERGING, model.layers, length, count, BLOCK, model.stored)
+            tokens = prompt(length) + answer.tokens
+            exact = model.run(tokens, length, {}, merges.edits)
+            apart = model.run(tokens, length, {})
+            return {
+                "error": float((exact - answer.logprobs).abs().max()),
+                "loss": float((exact - apart).abs().max()),
+                "due": sorted(merges.edits),
+                "stock": own.same(unmerged),
+                "bytes": held * block_bytes(llm),
+                "share": scale_share(llm.llm_engine.vllm_config),
+                "leaked": before - free_blocks(llm),
+                **watch.summary(),
+            }
+
 
 def main(runner: str, kind: str, model: str, output: str) -> None:
     """Run the cases of one kind on ``v1`` or ``v2``."""
     cases = Cases(Path(model), v2_harness.boot(v2=runner == "v2"))
-    if kind == "triton":
+    if kind in FORMATS:
+        results = {"merging": cases.merging(kind)}
+    elif kind == "triton":
         results = {"triton": cases.triton(SETTINGS)}
     elif kind == "uneven":
         results = {

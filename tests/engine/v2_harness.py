@@ -12,6 +12,7 @@ a process of its own.
 """
 
 import contextlib
+import importlib
 import os
 import types
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def boot(*, v2: bool) -> Switches:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
     if v2:
         _offer_triton()
+        _mend_rounding()
     _stub_streams()
     return _loosen_platform()
 
@@ -49,6 +51,22 @@ def _offer_triton() -> None:
 
     driver = types.SimpleNamespace(is_active=lambda: True)
     backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+
+
+def _mend_rounding() -> None:
+    """The interpreter loses carries when it rounds to 8-bit floats; torch does not."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def _convert_float(found: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source != language.float32 or target != language.float8e4nv:
+            return convert(found, source, target, rounding)
+        rounded = torch.tensor(found.tolist()).to(torch.float8_e4m3fn)
+        return rounded.view(torch.uint8).numpy()
+
+    interpreter._convert_float = _convert_float
 
 
 class _Stream:
@@ -121,4 +139,7 @@ def _loosen_platform() -> Switches:
 
     platform.check_and_update_config = classmethod(check_and_update_config)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    writer = "vllm.v1.attention.ops.triton_reshape_and_cache_flash"
+    # Which GPUs store 8-bit floats; interpreted, every processor does.
+    importlib.import_module(writer)._is_supported_kv_cache_dtype = lambda dtype: True
     return switches

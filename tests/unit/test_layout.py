@@ -12,6 +12,8 @@ CASES = [
     ("vec", torch.bfloat16),
     ("vec16", torch.bfloat16),
     ("amx", torch.bfloat16),
+    ("vec", torch.uint8),
+    ("amx", torch.uint8),
     ("gpu", torch.bfloat16),
     ("gpu, heads innermost", torch.float32),
 ]
@@ -31,7 +33,13 @@ def _cache(
         return cache, _rows(BLOCK_SIZE, HEAD_SIZE)
     cache = torch.zeros(shape, dtype=dtype)
     halves = cache.view(BLOCKS, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE).chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(keys, values, *halves, torch.arange(len(keys)), kind)
+    name = "auto"
+    if dtype == torch.uint8:  # vLLM's bytes of 8-bit floats
+        name = "fp8"
+        keys, values = (x.view(torch.float8_e4m3fn).bfloat16() for x in (keys, values))
+    ops.cpu_attn_reshape_and_cache(
+        keys, values, *halves, torch.arange(len(keys)), kind, kv_cache_dtype=name
+    )
     return cache, _cpu_pages(kind, dtype, BLOCK_SIZE, HEAD_SIZE)
 
 
@@ -42,6 +50,9 @@ def test_tokens_are_found_and_moved(kind: str, dtype: torch.dtype) -> None:
         torch.randn(BLOCKS * BLOCK_SIZE, KV_HEADS, HEAD_SIZE, generator=generator)
         for _ in range(2)
     )
+    if dtype == torch.uint8:  # vLLM drops the sign of zero
+        floats = (x.to(torch.float8_e4m3fn).float() + 0.0 for x in (keys, values))
+        keys, values = (x.to(torch.float8_e4m3fn).view(dtype) for x in floats)
     keys, values = keys.to(dtype), values.to(dtype)
     cache, layout = _cache(kind, dtype, keys, values)
     source, target = torch.tensor([3, 0, 4]), torch.tensor([2, 1])

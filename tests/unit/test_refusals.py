@@ -83,6 +83,16 @@ def test_accepted(model: Path) -> None:
         ({}, {"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
         ({}, {"long_prefill_token_threshold": 8}, ["chunks of 8", "window of 32"]),
         ({}, {"runner": "pooling"}, ["pooling models"]),
+        (
+            {},
+            {"kv_cache_dtype": "fp8"},
+            ["--kv-cache-dtype fp8 and method=snapkv", "auto", "minicache"],
+        ),
+        (
+            {},
+            {"kv_cache_dtype": "fp8_e5m2"},
+            ["--kv-cache-dtype fp8_e5m2", "auto"],
+        ),
     ],
     ids=lambda value: "",
 )

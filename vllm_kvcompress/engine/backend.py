@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from .head_pages import HeadPages
 from .one_head import attend_by_head, one_head_builder, one_head_impl
 from .rows import RowShift
-from .shared_pages import SharedRow, SharingRows, attend_rows, scaling_impl
+from .shared_pages import SharedRow, SharingRows, attend_rows, scaled_forward
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 _PREFIX = "Compressed_"
@@ -109,8 +109,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 one_head = functools.partial(impl_base.forward, self._one_head)
                 forward = functools.partial(attend_by_head, one_head, kv_heads)
             if scales and hasattr(layer, "page_scales"):
-                scaling = scaling_impl(self, layer.page_scales)
-                forward = functools.partial(impl_base.forward, scaling)
+                forward = scaled_forward(impl_base.forward, self, layer)
             found = forward(
                 layer,
                 query,

@@ -30,6 +30,7 @@ class Seam:
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner."
+_TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl."
 _PLAN = "vLLM has a channel for plugins from scheduler to workers"
 _FIELDS = "EngineArgs lets plugins add fields"
 _HOOKS = "vLLM's runners call hooks around a step"
@@ -131,6 +132,42 @@ SEAMS = (
         "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts",
         "overridden: one-head pages are laid out head by head",
         "a KV cache spec may ask for a layout",
+    ),
+    Seam(
+        _TRITON + "_ensure_scale_caches",
+        "called early; a deep layer's answer is set on the object: other scales",
+        "a KV cache spec may name where scales are",
+        ("kv_cache",),
+    ),
+    Seam(
+        _TRITON + "forward",
+        "called on a copy: factors of pages are given as scales of a quantised cache",
+        "Triton's attention takes factors of pages of any type",
+        ("layer", "kv_cache", "attn_metadata"),
+    ),
+    Seam(
+        "vllm.v1.attention.ops.triton_reshape_and_cache_flash:"
+        "triton_reshape_and_cache_flash_per_token_head_quant",
+        "called: writes merged tokens in 8 bits",
+        "never: it is vLLM's format",
+        ("key", "k_scale_cache", "slot_mapping", "kv_quant_mode"),
+    ),
+    Seam(
+        "vllm.v1.attention.ops.int4_per_token_head:_run_reshape_kernel",
+        "called: writes merged tokens in 4 bits, which are rotated already",
+        "reshape_and_cache_int4 takes rotated vectors",
+        ("kernel", "k_scale_cache", "slot_mapping", "packing_factor"),
+    ),
+    Seam(
+        "vllm.v1.attention.ops.int4_per_token_head:_reshape_cache_int4_kernel",
+        "its kernel",
+        "reshape_and_cache_int4 takes rotated vectors",
+    ),
+    Seam(
+        "vllm.v1.worker.utils:customize_attention_spec",
+        "called: the bytes of a page, scales included",
+        "an attention layer's spec is final",
+        ("backend", "spec"),
     ),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(

@@ -7,7 +7,9 @@ worker classes. Nothing of vLLM is replaced.
 from vllm.config import VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
+from ..methods.minicache import MiniCache
 from . import compat, metrics, requests
+from .page_formats import QUANTISED, UNQUANTISED
 from .pruner import PRUNABLE
 from .worker import WORKERS
 
@@ -53,6 +55,8 @@ def _refusals(
     block_size = cache.block_size or 1
     smallest = config.smallest_budget(block_size)
     least = min(config.budgets, default=smallest)
+    merges_all = isinstance(config.scorer, MiniCache) and config.scorer.over is None
+    readable = (*UNQUANTISED, *(QUANTISED if merges_all else ()))
     prunes = any(scorer.prunes for scorer in config.scorers.values())
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
@@ -60,9 +64,11 @@ def _refusals(
         (model.use_mla, "MLA attention", drop),
         (model.is_mm_prefix_lm, "bidirectional multimodal prefixes", drop),
         (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-            f"--kv-cache-dtype {cache.cache_dtype}",
-            "use --kv-cache-dtype auto",
+            cache.cache_dtype not in readable,
+            f"--kv-cache-dtype {cache.cache_dtype}"
+            + f" and method={config.method}" * (cache.cache_dtype in QUANTISED),
+            "use --kv-cache-dtype auto"
+            + ", or method=minicache without over" * (cache.cache_dtype in QUANTISED),
         ),
         (
             cache.kv_sharing_fast_prefill,

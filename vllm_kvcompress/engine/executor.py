@@ -22,6 +22,7 @@ from .layers import paired_layers, rate
 from .layout import kernel_blocks, page_layout
 from .merging import Part, merge_layers
 from .one_head import check_pages
+from .page_formats import find_scales
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
@@ -108,6 +109,7 @@ class CompressionExecutor:
         self._windows.clear()
         uneven = any(scorer.uneven for scorer in self._scorers.values())
         pairs = paired_layers(layers.values(), self._config)
+        factors: dict[int, torch.Tensor] = {}
         for index, spec in enumerate(kv_cache_config.kv_cache_groups):
             kv_spec = spec.kv_cache_spec
             if not isinstance(kv_spec, CompressedAttentionSpec):
@@ -118,7 +120,7 @@ class CompressionExecutor:
                 rows = HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
             elif own[0] in pairs:
                 rows = SharingRows(max_num_reqs, self._device)
-                rows.bind([(pairs[layer], layer) for layer in own])
+                rows.bind([(pairs[layer], layer) for layer in own], factors)
             group = self._groups[index] = _Group(own, kv_spec.block_size, rows)
             if uneven:
                 for layer in group.layers:
@@ -127,6 +129,8 @@ class CompressionExecutor:
                 for layer in group.layers:
                     layer.observation_window = ObservationWindow(self._spans)
                     self._windows.append(layer.observation_window)
+        for layer in layers.values():
+            find_scales(layer)
 
     def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
         """Learn the model's layers, if a scorer prunes them.

@@ -14,10 +14,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.worker.utils import customize_attention_spec
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Layer, Scorer
 from .one_head import BACKENDS, LAYOUT, head_major
+from .page_formats import has_scales
 from .shared_pages import READERS, scale_dtype
 from .spec import CompressedAttentionSpec
 
@@ -62,6 +64,9 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             "start without --kv-compression"
         )
     _check_pairs(config, layers, vllm_config)
+    for _, deep in config.pairs(len(layers)):
+        # Factors are applied to what 8-bit queries find only if these have no scale.
+        layers[deep].query_quant = None
     # Models build their layers from the bottom up.
     most_tokens = config.most_tokens
     for tier in config.tiers(len(layers)):
@@ -85,6 +90,12 @@ def _check_pairs(
                     f"{KEY}: method={config.method} does not work with the attention "
                     f"backend {backend}; give --attention-backend "
                     f"{' or '.join(READERS)}, or choose another method"
+                )
+            if has_scales(layer.kv_cache_dtype) and backend != "TRITON_ATTN":
+                raise ConfigError(
+                    f"{KEY}: the attention backend {backend} does not work with "
+                    f"--kv-cache-dtype {layer.kv_cache_dtype}; give "
+                    "--attention-backend TRITON_ATTN or --kv-cache-dtype fp8"
                 )
         names = [layer.layer_name for layer in (shallow, deep)]
         places = [extract_layer_index(name) for name in names]
@@ -117,14 +128,19 @@ def scale_share(vllm_config: VllmConfig) -> float:
     config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
     layers = vllm_config.compilation_config.static_forward_context.values()
     pairs = paired_layers(layers, config)
+    if not pairs:
+        return 0.0
     tiers = config.tiers(sum(hasattr(layer, "compressed_index") for layer in layers))
-    per_block = max(map(len, tiers))
-    for deep in pairs:
-        spec = deep.get_kv_cache_spec(vllm_config)
-        scales = 2 * spec.num_kv_heads * spec.block_size
-        size = scales * scale_dtype(spec.dtype).itemsize
-        return len(pairs) * size / (per_block * spec.page_size_bytes)
-    return 0.0
+    deepest = {deep.compressed_index for deep in pairs}
+    # Tiers have their factors over each other, as they have their pages.
+    scaled = max(len(tier) for tier in tiers if deepest.issuperset(tier))
+    deep = next(iter(pairs))
+    spec = customize_attention_spec(
+        deep.get_attn_backend(), deep.get_kv_cache_spec(vllm_config)
+    )
+    factors = 2 * spec.num_kv_heads * spec.block_size
+    size = factors * scale_dtype(spec.dtype).itemsize
+    return scaled * size / (max(map(len, tiers)) * spec.page_size_bytes)
 
 
 def _check_layout(method: str) -> None:

@@ -3,7 +3,8 @@
 vLLM's caches are ``[num_blocks, kv_heads, block_size, 2 * head_size]``. On GPUs a
 row is one token's key and value. The CPU backend packs a page for its instruction
 set instead (keys transposed, or tiled for AMX); that order is learnt from vLLM's
-own writer, so it holds for every instruction set.
+own writer, so it holds for every instruction set. A vector may be codes: what they
+mean is the matter of `page_formats`, and ``head_size`` here is the length of a row.
 """
 
 import functools
@@ -140,19 +141,30 @@ def _cpu_pages(
 ) -> PageLayout:
     """Write every element's own number with vLLM's writer and see where it lands.
 
-    Numbers go in base-128 digits, which even bfloat16 holds exactly.
+    Numbers go in digits that are exact in the pages' type: base 128 in bfloat16, base
+    8 in 8-bit floats, of which vLLM has the bytes.
     """
+    width, name = (3, "fp8") if dtype == torch.uint8 else (7, "auto")
+    written = torch.bfloat16 if dtype == torch.uint8 else dtype
     count = block_size * head_size
     pages = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
     key_page, value_page = pages.chunk(2, dim=2)
     numbers = torch.arange(count).view(block_size, 1, head_size)
     landed = torch.zeros(2, count, dtype=torch.long)
-    for shift in range(0, max(1, (count - 1).bit_length()), 7):
-        digit = ((numbers >> shift) & 127).to(dtype)
+    for shift in range(0, max(1, (count - 1).bit_length()), width):
+        digit = ((numbers >> shift) % (1 << width)).to(written)
         ops.cpu_attn_reshape_and_cache(
-            digit, digit.clone(), key_page, value_page, torch.arange(block_size), isa
+            digit,
+            digit.clone(),
+            key_page,
+            value_page,
+            torch.arange(block_size),
+            isa,
+            kv_cache_dtype=name,
         )
         for half, page in enumerate((key_page, value_page)):
+            if name == "fp8":
+                page = page.view(torch.float8_e4m3fn).float()
             landed[half] += page.flatten().long() << shift
     key, value = landed.argsort(dim=1).view(2, block_size, head_size)
     return PageLayout(Elements(key), Elements(value + count))

@@ -9,7 +9,7 @@ from ..methods.minicache import MiniCache
 from ..ops.merge import Merged, merge, strangeness
 from ..ops.select import select
 from .layers import rate
-from .layout import page_layout
+from .page_formats import KEYS, VALUES, Pages, pages_of
 
 
 @dataclass(frozen=True)
@@ -47,41 +47,52 @@ def merge_layers(
         candidates: The first of them, whole blocks; the rest stays as it is.
         merged_blocks: How many of ``target`` are filled with merged tokens.
     """
-    cache, block_size = shallow.layer.kv_cache, shallow.layer.kv_cache.shape[2]
-    layout, kept = page_layout(shallow.layer), len(shallow.target) * block_size
-    held = [
-        [half.take(cache, part.source)[:, :num_tokens] for part in (shallow, deep)]
-        for half in (layout.keys, layout.values)
+    parts = (shallow, deep)
+    pages = [pages_of(part.layer) for part in parts]
+    block_size = pages[0].block_size
+    kept, share = (n * block_size for n in (len(shallow.target), merged_blocks))
+    rows = [
+        [own.take(half, part.source)[:, :num_tokens] for half in (KEYS, VALUES)]
+        for own, part in zip(pages, parts, strict=True)
     ]
     if kept < candidates:
         scores = [
-            rate(scorer, part.layer, part.queries, keys, values)[:, :candidates]
-            for part, keys, values in zip((shallow, deep), *held, strict=True)
+            rate(scorer, part.layer, part.queries, *_decode(own, held))[:, :candidates]
+            for part, own, held in zip(parts, pages, rows, strict=True)
         ]
         best = select(scores[0] + scores[1], kept)
-        held = [[_at(tokens, best) for tokens in half] for half in held]
+        rows = [[_at(tokens, best) for tokens in held] for held in rows]
     else:
-        held = [[tokens[:, :candidates] for tokens in half] for half in held]
-    merged = [merge(half[0], half[1], scorer.t) for half in held]
+        rows = [[tokens[:, :candidates] for tokens in held] for held in rows]
+    vectors = [_decode(own, held) for own, held in zip(pages, rows, strict=True)]
+    merged = [merge(a, b, scorer.t) for a, b in zip(*vectors, strict=True)]
     strange = strangeness(*(half.distance for half in merged))
-    share = merged_blocks * block_size
     retained = select(strange, kept - share)
     others = _others(retained, kept)
+    blocks = shallow.target[:merged_blocks]
+    shared = pages[0].encode(*(_at(half.shared, others) for half in merged))
+    for half, found in enumerate(merged):
+        pages[0].write(half, blocks, shared[half])
+        ratio = found.ratio.gather(1, others)
+        pages[1].share(half, blocks, shared[half], pages[0], ratio)
     exact = None
     if scorer.retention == "range":
         exact = strange.gather(1, retained) >= 1 - scorer.gamma
-    pages = (layout.keys, layout.values)
-    for index, (half, own, found) in enumerate(zip(pages, held, merged, strict=True)):
-        shared = shallow.target[:merged_blocks]
-        half.write(cache, shared, _at(found.shared, others).to(cache.dtype))
-        scales = deep.layer.page_scales[index]
-        ratios = found.ratio.gather(1, others).unflatten(1, (-1, block_size))
-        scales[shared] = ratios.permute(1, 2, 0).to(scales.dtype)
-        for part, tokens, like in zip((shallow, deep), own, _read(found), strict=True):
-            left = _at(tokens, retained)
-            if exact is not None:
-                left = torch.where(exact[..., None], left, _at(like, retained))
-            half.write(cache, part.target[merged_blocks:], left.to(cache.dtype))
+    for index, (part, own) in enumerate(zip(parts, pages, strict=True)):
+        left = [_at(tokens, retained) for tokens in rows[index]]
+        if exact is not None:
+            alike = own.encode(*(_at(_read(half)[index], retained) for half in merged))
+            left = [
+                torch.where(exact[..., None], *pair)
+                for pair in zip(left, alike, strict=True)
+            ]
+        for half, tokens in enumerate(left):
+            own.write(half, part.target[merged_blocks:], tokens)
+
+
+def _decode(pages: Pages, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Vectors of rows of keys and of values."""
+    return [pages.decode(half, tokens) for half, tokens in enumerate(rows)]
 
 
 def _read(found: Merged) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +101,7 @@ def _read(found: Merged) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _at(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``[kv_heads, count, head_size]`` of ``[kv_heads, tokens, head_size]``."""
+    """``[kv_heads, count, row]`` of ``[kv_heads, tokens, row]``."""
     head = torch.arange(len(tokens), device=tokens.device)[:, None]
     return tokens[head, positions]
 

@@ -3,12 +3,16 @@
 They are the shallow layer's, scaled for it, so that it reads them as any others. Both
 layers see the same memory (vLLM lays the groups of a model over each other), so the
 deep one has them in its own rows; beside the pages it has one factor per token and KV
-head for keys, and one for values: 1 in all other pages. Triton's kernel takes such
-factors as those of a quantised cache. The CPU's takes none: there pages of rows with
-merged tokens are restored first.
+head for keys, and one for values: 1 in all other pages. Factors lie over each other
+as pages do. Triton's kernel takes them as those of a quantised cache. The CPU's takes
+none: there pages of rows with merged tokens are restored first.
+
+Where the cache does have a scale per token and head, the factors are the deep layer's
+scales, which vLLM then writes and reads here and not behind the codes.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +22,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from ..config import KEY
+from ..ops.attend import attend
 from .layout import page_layout
+from .page_formats import KEYS, UNQUANTISED, VALUES, has_scales, pages_of
 from .restore import Restorer
 from .rows import RowShift
 
@@ -34,7 +40,7 @@ def new_scales(kv_cache: torch.Tensor) -> torch.Tensor:
     """Factors of all pages of a deep layer, all 1.
 
     Args:
-        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
+        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * row]``.
 
     Returns:
         ``[2, num_blocks, block_size, kv_heads]``, of keys and of values.
@@ -58,8 +64,15 @@ class SharingRows(RowShift):
         self._layers: Sequence[Any] = ()
         self._shared: dict[str, torch.Tensor] = {}
 
-    def bind(self, pairs: Sequence[tuple[Any, Any]]) -> None:
-        """Give each ``(shallow, deep)`` pair's factors, once KV caches exist.
+    def bind(
+        self, pairs: Sequence[tuple[Any, Any]], factors: dict[int, torch.Tensor]
+    ) -> None:
+        """Give each ``(shallow, deep)`` pair its factors, once KV caches exist.
+
+        Args:
+            pairs: Attention layers.
+            factors: Address of a KV cache -> its factors; grows. One block belongs to
+                one group, so deep layers with one memory share factors as well.
 
         Raises:
             RuntimeError: vLLM has not laid a pair's caches over each other.
@@ -69,7 +82,12 @@ class SharingRows(RowShift):
             caches = [layer.kv_cache for layer in (shallow, deep)]
             if len({(cache.data_ptr(), cache.stride()) for cache in caches}) > 1:
                 raise RuntimeError(f"{KEY}: two layers to merge have memory apart")
-            deep.page_scales = new_scales(deep.kv_cache)
+            cache = deep.kv_cache
+            if cache.data_ptr() not in factors:
+                factors[cache.data_ptr()] = new_scales(cache)
+            deep.page_scales = factors[cache.data_ptr()]
+            if has_scales(deep.kv_cache_dtype):
+                deep.impl._k_scale_cache, deep.impl._v_scale_cache = deep.page_scales
 
     def share(self, request_id: str, blocks: torch.Tensor) -> None:
         """Remember blocks of a request that hold merged tokens, ``[count]`` int64."""
@@ -135,6 +153,11 @@ class SharedRow:
     table: torch.Tensor
     metadata: Any = None
 
+    @property
+    def in_batch(self) -> slice:
+        """Its tokens."""
+        return slice(self.first, self.end)
+
     def alone(self) -> CommonAttentionMetadata:
         """Metadata of this row, to build a backend's from."""
         starts = torch.tensor([0, self.end - self.first], dtype=torch.int32)
@@ -150,7 +173,7 @@ class SharedRow:
             max_query_len=self.end - self.first,
             max_seq_len=self.tokens,
             block_table_tensor=pages[None],
-            slot_mapping=self.batch.slot_mapping[self.first : self.end],
+            slot_mapping=self.batch.slot_mapping[self.in_batch],
             _num_computed_tokens_cache=None,
         )
 
@@ -177,24 +200,64 @@ def attend_rows(
         kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
         output: ``[tokens, query_heads, head_size]``.
     """
-    layout, block_size = page_layout(layer), kv_cache.shape[2]
+    block_size = kv_cache.shape[2]
     for row in rows:
-        blocks = row.table[: -(-row.tokens // block_size)]
-        pages = _restorer.restore(layout, kv_cache, blocks, layer.page_scales)
-        own = slice(row.first, row.end)
-        forward(layer, query[own], key, value, pages, row.metadata, output[own])
+        blocks, own = row.table[: -(-row.tokens // block_size)], row.in_batch
+        if layer.kv_cache_dtype in UNQUANTISED:
+            pages = _restorer.restore(
+                page_layout(layer), kv_cache, blocks, layer.page_scales
+            )
+            forward(layer, query[own], key, value, pages, row.metadata, output[own])
+        else:
+            output[own] = _attend(layer, query[own], blocks, row.tokens)
 
 
-def scaling_impl(impl: Any, scales: torch.Tensor) -> Any:
-    """Triton's implementation of attention, for pages with factors.
+def _attend(
+    layer: Any, query: torch.Tensor, blocks: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """Attention over pages of codes, in torch; see `attend`."""
+    pages = pages_of(layer)
+    scales = layer.page_scales[:, blocks].flatten(1, 2).transpose(1, 2)
+    keys, values = (
+        pages.decode(half, pages.take(half, blocks))[:, :tokens]
+        for half in (KEYS, VALUES)
+    )
+    return attend(
+        query,
+        keys,
+        values,
+        *scales[:, :, :tokens],
+        scale=layer.impl.scale,
+        softcap=layer.impl.logits_soft_cap or 0.0,
+    )
+
+
+def scaled_forward(forward: Callable[..., Any], impl: Any, layer: Any) -> Any:
+    """Triton's ``forward`` for a deep layer, bound to what reads its factors.
 
     Args:
-        impl: vLLM's, of an ordinary cache.
-        scales: From `new_scales`.
+        forward: Of vLLM's class.
+        impl: The layer's implementation of attention.
+        layer: With ``page_scales``.
     """
+    if has_scales(layer.kv_cache_dtype):
+        return functools.partial(forward, impl)
     scaled = copy.copy(impl)
-    # The kernel reads pages of any type in this mode, and applies factors to logits.
+    # In these modes the kernel applies factors to logits and weights; what a page
+    # holds it only casts, whatever its type.
     scaled._kv_quant_mode = KVQuantMode.INT8_PER_TOKEN_HEAD
     scaled._is_per_token_head_quant = True
-    scaled._k_scale_cache, scaled._v_scale_cache = scales
-    return scaled
+    scaled._k_scale_cache, scaled._v_scale_cache = layer.page_scales
+    if layer.kv_cache_dtype in UNQUANTISED:
+        return functools.partial(forward, scaled)
+    scaled._kv_quant_mode = KVQuantMode.FP8_PER_TOKEN_HEAD
+    scaled.scale = impl.scale * layer._k_scale_float
+    return functools.partial(_restored, forward, scaled)
+
+
+def _restored(
+    forward: Callable[..., Any], impl: Any, layer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """``forward`` over values that are still to be multiplied by the layer's scale."""
+    found = forward(impl, layer, *args, **kwargs)
+    return found.mul_(layer._v_scale_float)
