@@ -5,7 +5,7 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
@@ -22,6 +22,7 @@ from .budget import (
     whole_block_budgets,
 )
 from .contradictions import SIZE_KEYS, contradictions
+from .decode_config import DecodeConfig, Tokens, decode_config
 from .methods.base import Scorer
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
@@ -29,24 +30,6 @@ __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
 
 DEFAULT_BUDGET = 2048
 DECODE = "decode"  # among `KVCompressionConfig.scorers`
-
-Tokens = Annotated[int, Field(ge=1, strict=True)]
-
-
-class DecodeConfig(BaseModel):
-    """Compression of what a request generates, and of its prompt again.
-
-    Attributes:
-        scorer: The method with its own parameters.
-        interval: Generated tokens between two compressions.
-        budget: Tokens kept per KV head and layer; None = as many as of the prompt.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scorer: SerializeAsAny[Scorer]
-    interval: Tokens = 128
-    budget: Tokens | None = None
 
 
 class KVCompressionConfig(BaseModel):
@@ -93,7 +76,7 @@ class KVCompressionConfig(BaseModel):
         if isinstance(path := given.get("layer_budgets"), str):
             given["layer_budgets"] = read_json(path)
         if given.get("decode") is not None:
-            given["decode"] = _decode(given["decode"], scorer)
+            given["decode"] = decode_config(given["decode"], scorer)
         others = given.get("request_methods", {})
         if isinstance(others, list) and all(isinstance(name, str) for name in others):
             others = {name: {} for name in others}
@@ -327,8 +310,3 @@ class KVCompressionConfig(BaseModel):
                 tier = next(tier for tier in tiers if layer in tier)
                 fits[tier] = merged(fits[tier], method.retained_share, borrows)
         return fits
-
-
-def _decode(settings: Any, default: Scorer) -> DecodeConfig:
-    scorer, given = split_method(settings, "decode.", ("interval", "budget"), default)
-    return built(DecodeConfig, "decode.", scorer=scorer, **given)

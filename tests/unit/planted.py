@@ -13,8 +13,9 @@ from vllm.v1.request import Request
 
 from tests.simulator import Worker
 from vllm_kvcompress.engine.course import Planner
-from vllm_kvcompress.engine.executor import CompressionExecutor, ObservationWindow
+from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.manager import CompressedKVManager
+from vllm_kvcompress.engine.observation import ObservationWindow
 from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.engine.scheduler import CompressedScheduler
 

@@ -23,8 +23,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from .head_pages import HeadPages
 from .one_head import attend_by_head, one_head_builder, one_head_impl
+from .restore import RestoredRows, attend_restored
 from .rows import RowShift
-from .shared_pages import SharedRow, SharingRows, attend_rows, scaled_forward
+from .shared_pages import SharingRows, scaled_forward
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 _PREFIX = "Compressed_"
@@ -70,16 +71,16 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 metadata = builder_base.build(self._one_head, 0, by_head)
                 metadata.kv_heads = self.kv_cache_spec.num_kv_heads
                 return metadata
-            rows: list[SharedRow] = []
+            parts: list[RestoredRows] = []
             if isinstance(self.row_shift, SharingRows) and not scales:
-                common_attn_metadata, rows = self.row_shift.apart(common_attn_metadata)
+                common_attn_metadata, parts = self.row_shift.apart(common_attn_metadata)
             metadata = super().build(
                 common_prefix_len, common_attn_metadata, *args, **kwargs
             )
-            if rows:
-                for row in rows:
-                    row.metadata = super().build(0, row.alone())
-                metadata.shared_rows = rows
+            if parts:
+                for part in parts:
+                    part.metadata = super().build(0, part.common)
+                metadata.restored = parts
             return metadata
 
         @functools.cached_property
@@ -110,22 +111,22 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 forward = functools.partial(attend_by_head, one_head, kv_heads)
             if scales and hasattr(layer, "page_scales"):
                 forward = scaled_forward(impl_base.forward, self, layer)
-            found = forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                *args,
-                **kwargs,
-            )
-            if rows := getattr(attn_metadata, "shared_rows", None):
-                attend_rows(
-                    super().forward, layer, rows, query, key, value, kv_cache, output
+            parts = getattr(attn_metadata, "restored", ())
+            alone = sum(len(part.lens) for part in parts)
+            if not parts or alone < len(attn_metadata.seq_lens):
+                output = forward(
+                    layer,
+                    query,
+                    key,
+                    value,
+                    kv_cache,
+                    attn_metadata,
+                    output,
+                    *args,
+                    **kwargs,
                 )
-            return found
+            attend_restored(super().forward, layer, parts, query, key, value, output)
+            return output
 
         @functools.cached_property
         def _one_head(self) -> Any:

@@ -7,7 +7,7 @@ blocks, and their rows of the block table shortened.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .head_pages import HeadPages
 from .layers import paired_layers, rate
 from .layout import kernel_blocks, page_layout
 from .merging import Part, merge_layers
+from .observation import ObservationWindow
 from .one_head import check_pages
 from .page_formats import find_scales
 from .pruner import Pruner, Tier
@@ -31,42 +32,6 @@ from .uneven import HeldLayer, keep_by_head
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
 ReadRow = Callable[[int, str, int, int], torch.Tensor]
-
-
-@dataclass
-class ObservationWindow:
-    """Queries of one layer, kept until their request is compressed.
-
-    Attributes:
-        spans: ``(request id, first, end)`` of tokens in the current batch; one
-            list shared by all layers.
-        queries: Request id -> chunks ``[tokens, query_heads, head_size]``.
-    """
-
-    spans: list[tuple[str, int, int]]
-    queries: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.spans)
-
-    def capture(self, query: torch.Tensor) -> None:
-        """Copy the spans out of a batch's queries ``[tokens, heads, head_size]``."""
-        for request_id, first, end in self.spans:
-            self.queries.setdefault(request_id, []).append(query[first:end].clone())
-
-    def of(self, request_id: str, count: int) -> torch.Tensor:
-        """A request's latest queries, ``[count, query_heads, head_size]``."""
-        chunks = self.queries[request_id]
-        if len(chunks) > 1:
-            chunks[:] = [torch.cat(chunks)]
-        return chunks[0][-count:]
-
-    def keep(self, request_id: str, count: int) -> None:
-        """Drop all of a request's queries but the latest ones."""
-        if count and request_id in self.queries:
-            self.queries[request_id] = [self.of(request_id, count).clone()]
-        else:
-            self.queries.pop(request_id, None)
 
 
 @dataclass

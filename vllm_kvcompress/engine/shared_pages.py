@@ -14,7 +14,6 @@ scales, which vLLM then writes and reads here and not behind the codes.
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from ..config import KEY
-from ..ops.attend import attend
-from .layout import page_layout
-from .page_formats import KEYS, UNQUANTISED, VALUES, has_scales, pages_of
-from .restore import Restorer
+from .page_formats import UNQUANTISED, has_scales
+from .restore import RestoredRows, apart
 from .rows import RowShift
 
 READERS = ("CPU_ATTN", "TRITON_ATTN")
@@ -51,9 +48,6 @@ def new_scales(kv_cache: torch.Tensor) -> torch.Tensor:
         dtype=scale_dtype(kv_cache.dtype),
         device=kv_cache.device,
     )
-
-
-_restorer = Restorer()
 
 
 class SharingRows(RowShift):
@@ -101,135 +95,14 @@ class SharingRows(RowShift):
             for layer in self._layers:
                 layer.page_scales[:, blocks] = 1
 
-    def sharing(self) -> list[int]:
-        """Rows of the coming batch that have merged tokens."""
-        return [i for i, name in enumerate(self._rows) if name in self._shared]
-
     def apart(
         self, common: CommonAttentionMetadata
-    ) -> tuple[CommonAttentionMetadata, list["SharedRow"]]:
-        """Split rows with merged tokens off for `attend_rows`.
-
-        vLLM's kernel still gets them, as short as can be: what it finds is replaced.
-
-        Args:
-            common: Metadata of the group, as kernels read them.
-
-        Returns:
-            The same with these rows short, and each of them.
-        """
-        rows = self.sharing()
+    ) -> tuple[CommonAttentionMetadata, list[RestoredRows]]:
+        """Split rows with merged tokens off, see `restore.apart`."""
+        rows = [i for i, name in enumerate(self._rows) if name in self._shared]
         if not rows:
             return common, []
-        starts = common.query_start_loc_cpu.tolist()
-        lens, table = common.seq_lens, common.block_table_tensor
-        short, found = lens.clone(), []
-        for row in rows:
-            first, end, tokens = starts[row], starts[row + 1], int(lens[row])
-            short[row] = end - first
-            found.append(SharedRow(common, row, first, end, tokens, table[row].long()))
-        return common.replace(seq_lens=short), found
-
-
-@dataclass
-class SharedRow:
-    """A request of the batch with merged tokens.
-
-    Attributes:
-        batch: Metadata of all rows.
-        row: Its number.
-        first: Its first token in the batch.
-        end: Behind its last one.
-        tokens: All that it holds.
-        table: ``[width]`` int64, its row of the block table.
-        metadata: A backend's, of this row alone with pages 0, 1, 2 and so on.
-    """
-
-    batch: CommonAttentionMetadata
-    row: int
-    first: int
-    end: int
-    tokens: int
-    table: torch.Tensor
-    metadata: Any = None
-
-    @property
-    def in_batch(self) -> slice:
-        """Its tokens."""
-        return slice(self.first, self.end)
-
-    def alone(self) -> CommonAttentionMetadata:
-        """Metadata of this row, to build a backend's from."""
-        starts = torch.tensor([0, self.end - self.first], dtype=torch.int32)
-        lens = torch.tensor([self.tokens], dtype=torch.int32)
-        pages = torch.arange(len(self.table), dtype=torch.int32)
-        return self.batch.replace(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=lens,
-            seq_lens_cpu_upper_bound=lens,
-            num_reqs=1,
-            num_actual_tokens=self.end - self.first,
-            max_query_len=self.end - self.first,
-            max_seq_len=self.tokens,
-            block_table_tensor=pages[None],
-            slot_mapping=self.batch.slot_mapping[self.in_batch],
-            _num_computed_tokens_cache=None,
-        )
-
-
-def attend_rows(
-    forward: Callable[..., Any],
-    layer: Any,
-    rows: Sequence[SharedRow],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    output: torch.Tensor,
-) -> None:
-    """Fill in what rows with merged tokens attend to, over restored pages.
-
-    Args:
-        forward: Of the backend's implementation of attention.
-        layer: Of a pair the deep one.
-        rows: From `SharingRows.apart`.
-        query: ``[tokens, query_heads, head_size]``.
-        key: Not read.
-        value: Not read.
-        kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
-        output: ``[tokens, query_heads, head_size]``.
-    """
-    block_size = kv_cache.shape[2]
-    for row in rows:
-        blocks, own = row.table[: -(-row.tokens // block_size)], row.in_batch
-        if layer.kv_cache_dtype in UNQUANTISED:
-            pages = _restorer.restore(
-                page_layout(layer), kv_cache, blocks, layer.page_scales
-            )
-            forward(layer, query[own], key, value, pages, row.metadata, output[own])
-        else:
-            output[own] = _attend(layer, query[own], blocks, row.tokens)
-
-
-def _attend(
-    layer: Any, query: torch.Tensor, blocks: torch.Tensor, tokens: int
-) -> torch.Tensor:
-    """Attention over pages of codes, in torch; see `attend`."""
-    pages = pages_of(layer)
-    scales = layer.page_scales[:, blocks].flatten(1, 2).transpose(1, 2)
-    keys, values = (
-        pages.decode(half, pages.take(half, blocks))[:, :tokens]
-        for half in (KEYS, VALUES)
-    )
-    return attend(
-        query,
-        keys,
-        values,
-        *scales[:, :, :tokens],
-        scale=layer.impl.scale,
-        softcap=layer.impl.logits_soft_cap or 0.0,
-    )
+        return apart(common, rows, self._layers[0].kv_cache)
 
 
 def scaled_forward(forward: Callable[..., Any], impl: Any, layer: Any) -> Any:
