@@ -73,6 +73,15 @@ def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
     _check(llm, DenseLlama(deep_llama), settings)
 
 
+def test_pages_are_restored_without_a_compiler(
+    deep_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_kvcompress.engine.restore.attend_pages", lambda: None)
+    settings = {"method": "minicache", **COURSES["default"]}
+    with engine(deep_llama, additional_config={"kv_compression": settings}) as llm:
+        _check(llm, DenseLlama(deep_llama), settings)
+
+
 def test_pairs_with_one_memory_share_factors(tmp_path: Path) -> None:
     """Two groups of deep layers, on the same pages with the same factors."""
     model = save_llama(tmp_path, layers=5)

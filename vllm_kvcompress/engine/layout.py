@@ -32,6 +32,12 @@ class Elements:
         even = first + slot * grid[0][:, None] + element * grid[1]
         self._steps = (first, slot, element) if even.equal(offsets) else None
 
+    def strides(self, kv_cache: torch.Tensor) -> tuple[int, int, int] | None:
+        """A page's first element, and those to the next token and element."""
+        if self._steps is None or not kv_cache[0, 0].is_contiguous():
+            return None
+        return self._steps
+
     def view(self, kv_cache: torch.Tensor) -> torch.Tensor | None:
         """``[num_blocks, kv_heads, block_size, head_size]``; None if tiled."""
         if self._steps is None:

@@ -1,8 +1,11 @@
-"""Rows with merged tokens, for a kernel that knows no factors: pages are restored.
+"""Rows with merged tokens, on processors, where vLLM's kernel knows no factors.
 
-That takes a pass over their pages in every step, and memory for some of them.
+Rows that decode have a kernel of ours that does. Where that cannot be had, and for
+rows with more new tokens, pages are restored for vLLM's: a pass over them in every
+step, and memory for some of them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..ops.attend import attend
+from ..ops.native import AttendPages, attend_pages
 from .layout import page_layout
 from .page_formats import KEYS, UNQUANTISED, VALUES, pages_of
 
@@ -37,6 +41,16 @@ class RestoredRows:
     lens: list[int]
     common: CommonAttentionMetadata
     metadata: Any = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each row has one new token."""
+        return self.common.max_query_len == 1
+
+    @functools.cached_property
+    def starts(self) -> torch.Tensor:
+        """``[rows + 1]`` int64: where the blocks of a row begin among all."""
+        return torch.tensor([0, *map(len, self.blocks)]).cumsum(0)
 
 
 def apart(
@@ -129,7 +143,18 @@ def attend_restored(
     """
     for part in parts:
         own = query[part.tokens]
-        if layer.kv_cache_dtype in UNQUANTISED:
+        if part.decodes and (native := kernel(layer)):
+            found = native(
+                own.float(),
+                layer.kv_cache,
+                torch.cat(part.blocks),
+                part.starts,
+                part.common.seq_lens.long(),
+                layer.page_scales,
+                layer.impl.scale,
+                layer.impl.logits_soft_cap or 0.0,
+            )
+        elif layer.kv_cache_dtype in UNQUANTISED:
             pages, found = (
                 _restore(layer, torch.cat(part.blocks)),
                 torch.empty_like(own),
@@ -138,6 +163,18 @@ def attend_restored(
         else:
             found = _attend(layer, own, part)
         output[part.tokens] = found.to(output.dtype)
+
+
+def kernel(layer: Any) -> AttendPages | None:
+    """A kernel that does know factors, if it reads the pages of this layer."""
+    cache = layer.kv_cache
+    if cache.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    block_size, head_size = cache.shape[2], cache.shape[3] // 2
+    layout = page_layout(layer)
+    found = [half.strides(cache) for half in (layout.keys, layout.values)]
+    by_element, by_token = (0, 1, block_size), (block_size * head_size, head_size, 1)
+    return attend_pages() if found == [by_element, by_token] else None
 
 
 def _restore(layer: Any, blocks: torch.Tensor) -> torch.Tensor:
