@@ -25,6 +25,29 @@ inline float widen(uint16_t x) {  // bfloat16
   return wide.value;
 }
 
+// found[j] += sum over i of weights[i] * rows[i * stride + j], for a tile of N columns
+// that stays in registers.
+template <int N, typename T>
+inline void add_tile(float* found, const float* weights, const T* rows, int64_t count,
+                     int64_t stride) {
+  float own[N];
+  for (int j = 0; j < N; ++j) own[j] = found[j];
+  for (int64_t i = 0; i < count; ++i)
+    for (int j = 0; j < N; ++j) own[j] += weights[i] * widen(rows[i * stride + j]);
+  for (int j = 0; j < N; ++j) found[j] = own[j];
+}
+
+template <typename T>
+inline void add_rows(float* found, const float* weights, const T* rows, int64_t count,
+                     int64_t columns) {
+  int64_t j = 0;
+  for (; j + 64 <= columns; j += 64)
+    add_tile<64>(found + j, weights, rows + j, count, columns);
+  for (; j + 16 <= columns; j += 16)
+    add_tile<16>(found + j, weights, rows + j, count, columns);
+  for (; j < columns; ++j) add_tile<1>(found + j, weights, rows + j, count, columns);
+}
+
 // Blocks [first, end) of one row and KV head; unnormalised values, their maximum
 // logit and the sum of their weights for each query head of the group.
 template <typename T, typename Scale>
@@ -33,54 +56,41 @@ void part(const Shape& shape, const T* cache, const int64_t* blocks, int64_t fir
           const Scale* value_scale, int64_t head, float scale, float softcap,
           float* found, float* most, float* sum) {
   const int64_t D = shape.head_size, B = shape.block_size, G = shape.group;
-  std::vector<float> logits(G * B), row(std::max(B, D));
+  std::vector<float> logits(B), key_scales(B), value_scales(B);
   std::fill(found, found + G * D, 0.f);
-  std::fill(most, most + G, -std::numeric_limits<float>::infinity());
+  std::fill(most, most + G, std::numeric_limits<float>::lowest());
   std::fill(sum, sum + G, 0.f);
   for (int64_t block = first; block < end; ++block) {
     const T* page =
         cache + blocks[block] * shape.block_stride + head * shape.head_stride;
     const int64_t held = std::min(B, tokens - block * B);
-    const Scale* ks = key_scale + blocks[block] * B * shape.kv_heads + head;
-    const Scale* vs = value_scale + blocks[block] * B * shape.kv_heads + head;
-    std::fill(logits.begin(), logits.end(), 0.f);
-    for (int64_t d = 0; d < D; ++d) {
-      const T* keys = page + d * B;
-      for (int64_t s = 0; s < B; ++s) row[s] = widen(keys[s]);
-      for (int64_t g = 0; g < G; ++g) {
-        const float q = query[g * D + d];
-        float* own = logits.data() + g * B;
-        for (int64_t s = 0; s < B; ++s) own[s] += q * row[s];
-      }
+    const int64_t offset = blocks[block] * B * shape.kv_heads + head;
+    for (int64_t s = 0; s < held; ++s) {
+      key_scales[s] = scale * float(key_scale[offset + s * shape.kv_heads]);
+      value_scales[s] = float(value_scale[offset + s * shape.kv_heads]);
     }
     for (int64_t g = 0; g < G; ++g) {
-      float* own = logits.data() + g * B;
+      std::fill(logits.begin(), logits.end(), 0.f);
+      add_rows(logits.data(), query + g * D, page, D, B);
       float top = most[g];
       for (int64_t s = 0; s < held; ++s) {
-        float logit = own[s] * scale * float(ks[s * shape.kv_heads]);
-        if (softcap > 0) logit = softcap * std::tanh(logit / softcap);
-        own[s] = logit;
-        top = std::max(top, logit);
+        logits[s] *= key_scales[s];
+        if (softcap > 0) logits[s] = softcap * std::tanh(logits[s] / softcap);
+        top = std::max(top, logits[s]);
       }
       const float shrink = std::exp(most[g] - top);
       most[g] = top;
       float total = 0.f;
       for (int64_t s = 0; s < held; ++s) {
-        own[s] = std::exp(own[s] - top);
-        total += own[s];
-        own[s] *= float(vs[s * shape.kv_heads]);
+        logits[s] = std::exp(logits[s] - top);
+        total += logits[s];
+        logits[s] *= value_scales[s];
       }
       sum[g] = sum[g] * shrink + total;
-      for (int64_t d = 0; d < D; ++d) found[g * D + d] *= shrink;
-    }
-    const T* values = page + shape.value_offset;
-    for (int64_t s = 0; s < held; ++s) {
-      for (int64_t d = 0; d < D; ++d) row[d] = widen(values[s * D + d]);
-      for (int64_t g = 0; g < G; ++g) {
-        const float weight = logits[g * B + s];
-        float* own = found + g * D;
-        for (int64_t d = 0; d < D; ++d) own[d] += weight * row[d];
-      }
+      float* own = found + g * D;
+      if (shrink != 1.f)
+        for (int64_t d = 0; d < D; ++d) own[d] *= shrink;
+      add_rows(own, logits.data(), page + shape.value_offset, held, D);
     }
   }
 }
@@ -106,7 +116,7 @@ void attend(const Shape& shape, const T* cache, const int64_t* blocks,
   });
   for (int64_t pair = 0; pair < rows * H; ++pair) {
     for (int64_t g = 0; g < G; ++g) {
-      float top = -std::numeric_limits<float>::infinity(), total = 0.f;
+      float top = std::numeric_limits<float>::lowest(), total = 0.f;
       for (int64_t i = pair * splits; i < (pair + 1) * splits; ++i)
         top = std::max(top, most[i * G + g]);
       float* own = output + (pair * G + g) * D;

@@ -44,9 +44,14 @@ class Pair:
         for held, source in zip(self.held, SOURCES, strict=True):
             padded = torch.nn.functional.pad(held, (0, 0, 0, 5 * BLOCK - TOKENS))
             self.cache[source] = padded.unflatten(1, (-1, BLOCK)).transpose(0, 1)
-        impl = SimpleNamespace(scale=0.3)
+        impl = SimpleNamespace(kv_cache_dtype="auto", scale=0.3)
         layers = [
-            SimpleNamespace(kv_cache=self.cache, compressed_index=i, impl=impl)
+            SimpleNamespace(
+                kv_cache_dtype="auto",
+                kv_cache=self.cache,
+                compressed_index=i,
+                impl=impl,
+            )
             for i in range(2)
         ]
         layers[1].page_scales = new_scales(self.cache)
