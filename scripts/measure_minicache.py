@@ -92,22 +92,23 @@ def run(model: str, arm: dict[str, Any], args: argparse.Namespace) -> dict[str, 
                 extra_args={FORCED: tokens[start:]},
             )
         )
-    right, lost = 0, 0.0
+    right, lost = [0, 0], 0.0
     for output in engine.generate(prompts, params, use_tqdm=False):
         rows = output.outputs[0].logprobs
         for place, token in enumerate(output.outputs[0].token_ids):
             if place % 4 > 1:
-                right += rows[place][token].rank == 1
+                right[place % 4 - 2] += rows[place][token].rank == 1
                 lost -= rows[place][token].logprob
-    count = args.count * QUESTIONS * 2
+    count = args.count * QUESTIONS
     core = engine.llm_engine.engine_core.engine_core
     groups = len(core.scheduler.kv_cache_config.kv_cache_groups)
     size = engine.llm_engine.vllm_config.cache_config.block_size
     blocks = groups * -(-args.length // size)
     freed = vllm_kvcompress.stats(engine)["blocks_freed"] / args.count if arm else 0
     return {
-        "right": right / count,
-        "nats": lost / count,
+        "first": right[0] / count,
+        "second": right[1] / count,
+        "nats": lost / count / 2,
         "kept": 1 - freed / blocks,
     }
 
@@ -116,7 +117,7 @@ def main() -> None:
     """Run every arm in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--facts", type=int, default=8)
     parser.add_argument("--llm", type=json.loads, default={}, help="keywords of LLM")
@@ -125,8 +126,8 @@ def main() -> None:
     if args.arm is not None:
         print("RESULT", json.dumps(run(args.model, args.arm, args)))
         return
-    print("| settings | KV blocks | right | nats per answer token |")
-    print("|---|---|---|---|")
+    print("| settings | KV blocks | first token | second token | nats per token |")
+    print("|---|---|---|---|---|")
     for arm in ARMS:
         done = subprocess.run(
             [sys.executable, *sys.argv, "--arm", json.dumps(arm)],
@@ -141,8 +142,8 @@ def main() -> None:
             continue
         found = json.loads(lines[0].removeprefix("RESULT "))
         print(
-            f"| {shown} | {found['kept']:.1%} | {found['right']:.1%} "
-            f"| {found['nats']:.3f} |",
+            f"| {shown} | {found['kept']:.1%} | {found['first']:.1%} "
+            f"| {found['second']:.1%} | {found['nats']:.3f} |",
             flush=True,
         )
 

@@ -126,5 +126,6 @@ class Life:
 class Layer:
     """An attention layer, one for each KV cache group."""
 
+    kv_cache_dtype = "auto"
     group: int
     kv_cache: torch.Tensor

@@ -57,7 +57,7 @@ SERVERS = {
         "request_methods": {"pyramidinfer": PRUNING, EVEN[0]: {}},
     },
     **{name: _server(name, EVEN[0]) for name in [*UNEVEN, *MERGING]},
-    "selecting": {**_server(MERGING[0], *EVEN), "over": "snapkv"},
+    "selecting": {**_server(MERGING[0], *EVEN[:3]), "over": "snapkv"},
 }
 ENGINE = {"max_num_batched_tokens": 8192, "max_num_seqs": 32, "max_model_len": 512}
 # Room for all of the longest prompt beside decodes: with less, nothing can be pruned.

@@ -116,6 +116,7 @@ def _model(method: str, backend: str, **layers: int) -> Any:
 
     class Layer(AttentionLayerBase):
         attn_backend = SimpleNamespace(get_name=lambda: backend)
+        kv_cache_dtype = "auto"
 
         def __init__(self, layer_name: str, kv_heads: int) -> None:
             self.layer_name, self.kv_heads = layer_name, kv_heads

@@ -5,7 +5,7 @@ layers see the same memory (vLLM lays the groups of a model over each other), so
 deep one has them in its own rows; beside the pages it has one factor per token and KV
 head for keys, and one for values: 1 in all other pages. Factors lie over each other
 as pages do. Triton's kernel takes them as those of a quantised cache. The CPU's takes
-none: there pages of rows with merged tokens are restored first.
+none: there `restore` takes over rows with merged tokens.
 
 Where the cache does have a scale per token and head, the factors are the deep layer's
 scales, which vLLM then writes and reads here and not behind the codes.
@@ -97,12 +97,15 @@ class SharingRows(RowShift):
             for layer in self._layers:
                 layer.page_scales[:, blocks] = 1
 
+    def sharing(self) -> list[int]:
+        """Rows of the coming batch that have merged tokens."""
+        return [i for i, name in enumerate(self._rows) if name in self._shared]
+
     def apart(
         self, common: CommonAttentionMetadata
     ) -> tuple[CommonAttentionMetadata, list[RestoredRows]]:
         """Split rows with merged tokens off, see `restore.apart`."""
-        rows = [i for i, name in enumerate(self._rows) if name in self._shared]
-        if not rows:
+        if not (rows := self.sharing()):
             return common, []
         return apart(common, rows, self._layers[0].kv_cache)
 
