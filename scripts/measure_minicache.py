@@ -88,6 +88,7 @@ def run(model: str, arm: dict[str, Any], args: argparse.Namespace) -> dict[str, 
                 temperature=0,
                 max_tokens=4 * QUESTIONS,
                 detokenize=False,
+                ignore_eos=True,
                 logprobs=1,
                 extra_args={FORCED: tokens[start:]},
             )

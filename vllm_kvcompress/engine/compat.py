@@ -169,6 +169,11 @@ SEAMS = (
         "an attention layer's spec is final",
         ("backend", "spec"),
     ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.determine_available_memory",
+        "overridden: less by what the factors of merged pages take",
+        "a KV cache spec may ask for memory beside its pages",
+    ),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
         _V1 + "_update_states",
