@@ -192,8 +192,9 @@ class CompressionExecutor:
         """Fill a request's private blocks in all groups; rows stay as they are."""
         rows = {}
         for index, directive in groups.items():
-            end = -(-directive.num_tokens // self._groups[index].block_size)
-            rows[index] = read_row(index, request_id, directive.shift, end)
+            if not directive.pruned:
+                end = -(-directive.num_tokens // self._groups[index].block_size)
+                rows[index] = read_row(index, request_id, directive.shift, end)
         owners = {directive.owner for directive in groups.values()}
         for index, directive in groups.items():
             if directive.owner is not None:

@@ -5,7 +5,6 @@ rows with more new tokens, pages are restored for vLLM's: a pass over them in ev
 step, and memory for some of them.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +29,17 @@ class RestoredRows:
 
     Attributes:
         tokens: ``[count]`` int64, theirs in the batch.
-        blocks: Of each row, ``[blocks]`` int64.
-        lens: Tokens that each holds.
+        blocks: ``[count]`` int64, of all rows, one after another.
+        starts: ``[rows + 1]`` int64: where those of a row begin.
+        lens: ``[rows]`` int64, tokens that each holds.
         common: Metadata of these rows alone, with pages 0, 1, 2 and so on.
         metadata: A backend's, built from it.
     """
 
     tokens: torch.Tensor
-    blocks: list[torch.Tensor]
-    lens: list[int]
+    blocks: torch.Tensor
+    starts: torch.Tensor
+    lens: torch.Tensor
     common: CommonAttentionMetadata
     metadata: Any = None
 
@@ -46,11 +47,6 @@ class RestoredRows:
     def decodes(self) -> bool:
         """Whether each row has one new token."""
         return self.common.max_query_len == 1
-
-    @functools.cached_property
-    def starts(self) -> torch.Tensor:
-        """``[rows + 1]`` int64: where the blocks of a row begin among all."""
-        return torch.tensor([0, *map(len, self.blocks)]).cumsum(0)
 
 
 def apart(
@@ -96,7 +92,7 @@ def _part(
     spans = [torch.arange(starts[row], starts[row + 1]) for row in rows]
     counts = [-(-lens[row] // size) for row in rows]
     table = common.block_table_tensor
-    blocks = [table[row, :n].long() for row, n in zip(rows, counts, strict=True)]
+    blocks = [table[row, :n] for row, n in zip(rows, counts, strict=True)]
     pages = torch.zeros(len(rows), max(counts), dtype=torch.int32)
     first = 0
     for own, count in zip(pages, counts, strict=True):
@@ -118,7 +114,10 @@ def _part(
         slot_mapping=common.slot_mapping[tokens],
         _num_computed_tokens_cache=None,
     )
-    return RestoredRows(tokens, blocks, held.tolist(), alone)
+    first_blocks = torch.tensor([0, *counts]).cumsum(0)
+    return RestoredRows(
+        tokens, torch.cat(blocks).long(), first_blocks, held.long(), alone
+    )
 
 
 def attend_restored(
@@ -147,18 +146,15 @@ def attend_restored(
             found = native(
                 own.float(),
                 layer.kv_cache,
-                torch.cat(part.blocks),
+                part.blocks,
                 part.starts,
-                part.common.seq_lens.long(),
+                part.lens,
                 layer.page_scales,
                 layer.impl.scale,
                 layer.impl.logits_soft_cap or 0.0,
             )
         elif layer.kv_cache_dtype in UNQUANTISED:
-            pages, found = (
-                _restore(layer, torch.cat(part.blocks)),
-                torch.empty_like(own),
-            )
+            pages, found = _restore(layer, part.blocks), torch.empty_like(own)
             forward(layer, own, key, value, pages, part.metadata, found)
         else:
             found = _attend(layer, own, part)
@@ -204,7 +200,8 @@ def _attend(layer: Any, query: torch.Tensor, part: RestoredRows) -> torch.Tensor
     """Attention over pages of codes, in torch; see `attend`."""
     pages, found = pages_of(layer), []
     starts = part.common.query_start_loc_cpu.tolist()
-    for row, (blocks, tokens) in enumerate(zip(part.blocks, part.lens, strict=True)):
+    own = part.blocks.split(part.starts.diff().tolist())
+    for row, (blocks, tokens) in enumerate(zip(own, part.lens.tolist(), strict=True)):
         scales = layer.page_scales[:, blocks].flatten(1, 2).transpose(1, 2)
         keys, values = (
             pages.decode(half, pages.take(half, blocks))[:, :tokens]
