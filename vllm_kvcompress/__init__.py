@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Add the flags; entry point of the group ``vllm.general_plugins``."""
-    from .engine.early import install_args
+    """Add flags and models; entry point of the group ``vllm.general_plugins``."""
+    from . import models
 
-    install_args()
+    models.register()
+    _install_args()
 
 
 def early_hook() -> None:
@@ -24,7 +25,13 @@ def early_hook() -> None:
     Entry point of the group ``vllm.platform_plugins``, the only one that vLLM
     calls before ``LLM(...)`` looks at its arguments.
     """
-    register()
+    _install_args()
+
+
+def _install_args() -> None:
+    from .engine.early import install_args
+
+    install_args()
 
 
 def stats(llm: "LLM") -> dict[str, Any]:
