@@ -1,11 +1,8 @@
 """YOCO (arXiv 2405.05254) in plain torch, without a cache.
 
 Parameters have the names of the authors' checkpoints (microsoft/unilm, YOCO), so those
-load as they are. Two things differ from most models: rotations turn interleaved pairs,
-and their frequencies fall from 1 to ``1 / rope_theta`` itself.
+load as they are.
 """
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,146 +10,27 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from ...ops.retention import gate_decay, retention_chunkwise
 from ..configs import YocoConfig
+from .yoco_layers import (
+    CrossAttention,
+    GatedRetention,
+    Layer,
+    RMSNorm,
+    SlidingWindow,
+    linear,
+    rotate,
+    turns,
+)
 
 Tensor = torch.Tensor
-
-
-def turns(config: YocoConfig, heads: int, tokens: int, device: Any = None) -> Tensor:
-    """The rotation of every position, ``[tokens, 1, head_size / 2]`` complex64."""
-    steps = torch.linspace(0, 1, config.dim // heads // 2, device=device)
-    frequencies = config.rope_theta**-steps
-    positions = torch.arange(tokens, dtype=torch.float32, device=device)
-    angles = positions[:, None, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of ``[batch, tokens, heads, head_size]``."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
-
-
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """RMS norm of the last dimension without a weight, in float32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention of ``[batch, tokens, heads, head_size]``; the heads joined again."""
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    output = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
-    return output.transpose(1, 2).flatten(2)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
-
-
-class _RMSNorm(nn.Module):
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.dim))
-        self.eps = config.norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * normalise(x, self.eps)
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        self.fc1 = _linear(config.dim, config.hidden_dim)
-        self.gate = _linear(config.dim, config.hidden_dim)
-        self.fc2 = _linear(config.hidden_dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.gate(x))
-
-
-class _SlidingWindow(nn.Module):
-    """Token i attends to i - window < j <= i; as many KV heads as query heads."""
-
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.q_proj = _linear(config.dim, config.dim)
-        self.k_proj = _linear(config.dim, config.dim)
-        self.v_proj = _linear(config.dim, config.dim)
-        self.out_proj = _linear(config.dim, config.dim)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values, ``[batch, tokens, heads, head_size]``; rotated."""
-        heads = self.config.n_self_heads
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(-1, (heads, -1)) for proj in projections)
-        angles = turns(self.config, heads, x.shape[1], x.device)
-        return rotate(q, angles), rotate(k, angles), v
-
-    def forward(self, x: Tensor) -> Tensor:
-        window, tokens = self.config.sliding_window, x.shape[1]
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril_()
-        if window is not None:
-            mask.triu_(1 - window)
-        return self.out_proj(_attend(*self._project(x), attn_mask=mask))
-
-
-class _GatedRetention(_SlidingWindow):
-    """See `ops.retention`; a norm per head and an output gate come after it."""
-
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__(config)
-        self.g_proj = _linear(config.dim, config.dim)
-        self.gt_proj = _linear(config.dim, config.n_self_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(x)
-        batch, _, heads, size = q.shape
-        state = torch.zeros(batch, heads, size, size, device=x.device)
-        decay = gate_decay(self.gt_proj(x))
-        output, _ = retention_chunkwise(q, k * size**-0.5, v, decay, state)
-        output = normalise(output, self.config.norm_eps).flatten(2).type_as(x)
-        return self.out_proj(F.silu(self.g_proj(x)) * output)
-
-
-class _CrossAttention(nn.Module):
-    """Attention to the global KV, for as many last tokens as ``x`` has."""
-
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        self.heads = config.n_attn_heads
-        self.q_proj = _linear(config.dim, config.dim)
-        self.out_proj = _linear(config.dim, config.dim)
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, angles: Tensor
-    ) -> Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), angles)
-        # A single query is the last token's: it sees all keys.
-        return self.out_proj(_attend(q, keys, values, is_causal=x.shape[1] > 1))
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: YocoConfig, mixer: nn.Module) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.mixer_layer_norm = _RMSNorm(config)
-        self.ffn = _FeedForward(config)
-        self.final_layer_norm = _RMSNorm(config)
-
-    def forward(self, x: Tensor, *shared: Tensor) -> Tensor:
-        x = x + self.mixer(self.mixer_layer_norm(x), *shared)
-        return x + self.ffn(self.final_layer_norm(x))
 
 
 class _SelfDecoder(nn.Module):
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        mixer = _GatedRetention if config.sliding_window is None else _SlidingWindow
+        mixer = GatedRetention if config.sliding_window is None else SlidingWindow
         self.layers = nn.ModuleList(
-            _Layer(config, mixer(config)) for _ in range(config.n_layers // 2)
+            Layer(config, mixer(config)) for _ in range(config.n_layers // 2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,11 +44,11 @@ class _CrossDecoder(nn.Module):
         super().__init__()
         self.config = config
         kv_dim = config.dim // config.n_attn_heads * config.n_attn_kv_heads
-        self.k_proj = _linear(config.dim, kv_dim)
-        self.v_proj = _linear(config.dim, kv_dim)
-        self.kv_layer_norm = _RMSNorm(config)
+        self.k_proj = linear(config.dim, kv_dim)
+        self.v_proj = linear(config.dim, kv_dim)
+        self.kv_layer_norm = RMSNorm(config)
         self.layers = nn.ModuleList(
-            _Layer(config, _CrossAttention(config)) for _ in range(config.n_layers // 2)
+            Layer(config, CrossAttention(config)) for _ in range(config.n_layers // 2)
         )
 
     def forward(self, x: Tensor, last: int) -> Tensor:
@@ -202,8 +80,8 @@ class YocoForCausalLM(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.self_decoder = _SelfDecoder(config)
         self.cross_decoder = _CrossDecoder(config)
-        self.layer_norm = _RMSNorm(config)
-        self.output_projection = _linear(config.dim, config.vocab_size)
+        self.layer_norm = RMSNorm(config)
+        self.output_projection = linear(config.dim, config.vocab_size)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
