@@ -1,4 +1,6 @@
-"""Other ways to look at a KV cache: as its second reader, without the current token.
+"""Other ways to look at a KV cache, for layers that do not simply use their own.
+
+As its second reader, without the current token, with the last queries of a prompt only.
 
 For models that share KV across layers. A layer that reads another's cache allocates
 none of its own, which is vLLM's own mechanism; vLLM asks for a target below only when
@@ -6,9 +8,12 @@ the layer is built.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
@@ -43,12 +48,23 @@ def longest_query(layer: Attention) -> int:
     return metadata[layer.layer_name].longest_query if metadata else 1
 
 
-def store_zeros(layer: Attention, tokens: int) -> None:
-    """Put zeros where the batch's keys and values of ``layer`` will be stored."""
-    dtype, device = layer.dtype, layer.kv_cache.device
-    shape = (tokens, layer.num_kv_heads, layer.head_size)
-    zeros = torch.zeros(shape, dtype=dtype, device=device)
-    unified_kv_cache_update(zeros, zeros, layer.layer_name)
+def store(layer: Attention, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Store the batch's keys and values, and attend to nothing.
+
+    Args:
+        layer: Whose KV cache it is.
+        keys: ``[tokens, kv_heads * head_size]``, rotated.
+        values: The same.
+    """
+    shape = (-1, layer.num_kv_heads, layer.head_size)
+    unified_kv_cache_update(keys.view(shape), values.view(shape), layer.layer_name)
+
+
+def store_zeros(layer: Attention, like: torch.Tensor) -> None:
+    """Put zeros where the keys and values of all tokens of ``like`` will be stored."""
+    width = layer.num_kv_heads * layer.head_size
+    zeros = like.new_zeros(len(like), width, dtype=layer.dtype)
+    store(layer, zeros, zeros)
 
 
 @functools.cache
@@ -99,3 +115,91 @@ def _past_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend_with_overrides(
         "Past", base, {"get_builder_cls": staticmethod(lambda: PastBuilder)}
     )
+
+
+def last_queries_only(layer: Attention, count: int) -> None:
+    """Give ``layer`` the last ``count`` tokens of each request's chunk only."""
+    layer.attn_backend = _last_only(layer.attn_backend, count)
+
+
+def last_tokens(layer: Attention) -> torch.Tensor | None:
+    """The tokens of the batch that a layer of `last_queries_only` is given.
+
+    Returns:
+        ``[tokens]`` int64, in the order of the batch; None = all of them.
+    """
+    metadata: Any = get_forward_context().attn_metadata
+    return metadata[layer.layer_name].last_tokens if metadata else None
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Run what follows without CUDA graphs: they are chosen by the batch's size."""
+    context = get_forward_context()
+    mode = context.cudagraph_runtime_mode
+    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+    try:
+        yield
+    finally:
+        context.cudagraph_runtime_mode = mode
+
+
+@functools.cache
+def _last_only(base: type[AttentionBackend], count: int) -> type[AttentionBackend]:
+    """``base`` with metadata of shorter chunks, of ``count`` tokens at most."""
+    builder_base: Any = base.get_builder_cls()
+
+    class LastBuilder(builder_base):
+        supports_update_block_table = False
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+            # A graph would freeze which tokens are the last.
+            support = super().get_cudagraph_support(*args)
+            least = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return min(support, least, key=lambda each: each.value)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            common, tokens = common_attn_metadata, None
+            if common.max_query_len > count:
+                common, tokens = _shortened(common, count)
+            metadata = super().build(common_prefix_len, common, *args, **kwargs)
+            metadata.last_tokens = tokens
+            return metadata
+
+    return subclass_attention_backend_with_overrides(
+        f"Last{count}", base, {"get_builder_cls": staticmethod(lambda: LastBuilder)}
+    )
+
+
+def _shortened(
+    common: CommonAttentionMetadata, count: int
+) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+    """The metadata of the last ``count`` tokens of each chunk, and those tokens."""
+    starts = common.query_start_loc_cpu
+    lens = starts.diff().clamp_(max=count)
+    ends = torch.zeros_like(starts)
+    ends[1:] = lens.cumsum(0)
+    total = int(ends[-1])
+    # Token i of the shortened batch lies so much further back in the whole one.
+    skipped = (starts[1:] - ends[1:]).repeat_interleave(lens, output_size=total)
+    tokens = (torch.arange(total) + skipped).to(common.query_start_loc.device)
+    device = common.query_start_loc.device
+    positions = common.positions
+    shortened = common.replace(
+        query_start_loc=ends.to(device, non_blocking=True),
+        query_start_loc_cpu=ends,
+        num_actual_tokens=total,
+        max_query_len=int(lens.max()),
+        slot_mapping=common.slot_mapping[tokens],
+        positions=None if positions is None else positions[tokens],
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+    return shortened, tokens

@@ -5,6 +5,7 @@ ARCHITECTURES = {
     "LCKVLlamaForCausalLM": "shared_llama",
     "OptLlamaForCausalLM": "shared_llama",
     "YocoForCausalLM": "yoco",
+    "YocoRetentionForCausalLM": "yoco",
 }
 
 

@@ -222,6 +222,12 @@ class YocoConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # vLLM asks the class, not the configuration, whether there are states.
+        if self.sliding_window is None and self.architectures == ["YocoForCausalLM"]:
+            self.architectures = ["YocoRetentionForCausalLM"]
+
     @property
     def layer_types(self) -> list[str]:
         """What vLLM and transformers call the layers."""

@@ -137,7 +137,7 @@ class SharedLlamaModel(nn.Module):
             hidden_states, residual = hidden_states.clone(), residual.clone()
         for each in attention:
             if each.owns:
-                store_zeros(each.attn, len(positions))
+                store_zeros(each.attn, hidden_states)
         exact = self.config.use_sequential
         before = None
         for _ in range(needed if exact else min(needed, self.config.passes)):

@@ -1,0 +1,1 @@
+"""The models in plain torch and transformers: for training, and to compare with."""

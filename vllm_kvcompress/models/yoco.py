@@ -1,0 +1,314 @@
+"""YOCO, You Only Cache Once (arXiv 2405.05254), for vLLM.
+
+The lower half of the layers, the self-decoder, keeps a window or a state. Its output
+gives the one global KV cache, which all layers of the upper half read. So a prompt's
+tokens need not go through the upper half at all, but for the last.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFuncCalculator,
+    MambaStateShapeCalculator,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsHybrid,
+    SupportsQuant,
+)
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    maybe_prefix,
+)
+
+from ..engine.kv_views import (
+    last_queries_only,
+    last_tokens,
+    read_from,
+    store,
+    without_graphs,
+)
+from .configs import YocoConfig
+from .layer_span import SpanRunner
+from .yoco_mixers import (
+    CrossAttention,
+    GatedRetention,
+    SlidingWindow,
+    YocoRotaryEmbedding,
+)
+
+
+class YocoLayer(nn.Module):
+    """A mixer and a feed-forward layer, each after a norm."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str, mixer: nn.Module) -> None:
+        super().__init__()
+        config: YocoConfig = vllm_config.model_config.hf_config
+        self.mixer = mixer
+        self.ffn = LlamaMLP(
+            config.dim,
+            config.hidden_dim,
+            "silu",
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.ffn",
+        )
+        self.mixer_layer_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.final_layer_norm = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As vLLM's layers: the residual is kept apart."""
+        hidden_states, residual = self.mixer_layer_norm(hidden_states, residual)
+        hidden_states = self.mixer(positions, hidden_states)
+        hidden_states, residual = self.final_layer_norm(hidden_states, residual)
+        return self.ffn(hidden_states), residual
+
+
+class SelfDecoder(nn.Module):
+    """The lower half; parameters as the authors name them."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: YocoConfig = vllm_config.model_config.hf_config
+        slides = config.sliding_window is not None
+        mixer = SlidingWindow if slides else GatedRetention
+        self.layers = nn.ModuleList()
+        for index in range(config.n_layers // 2):
+            name = f"{prefix}.layers.{index}"
+            own = mixer(vllm_config, f"{name}.mixer")
+            self.layers.append(YocoLayer(vllm_config, name, own))
+
+
+class CrossDecoder(nn.Module):
+    """The upper half, and what writes the KV that it reads.
+
+    Raises:
+        ValueError: More tensor-parallel ranks than KV heads.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: YocoConfig = vllm_config.model_config.hf_config
+        half = config.n_layers // 2
+        ranks = get_tensor_model_parallel_world_size()
+        if config.n_attn_kv_heads % ranks:
+            raise ValueError(
+                f"--tensor-parallel-size {ranks} does not divide the "
+                f"{config.n_attn_kv_heads} KV heads of this YOCO model; use a divisor"
+            )
+        size = config.dim // config.n_attn_heads * config.n_attn_kv_heads
+        self.kv_proj = MergedColumnParallelLinear(
+            config.dim,
+            [size, size],
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.kv_proj",
+        )
+        self.kv_layer_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.rotary_emb = YocoRotaryEmbedding(config, config.n_attn_heads)
+        self.layers = nn.ModuleList()
+        root = prefix.rsplit(".", 1)[0]
+        for index in range(half):
+            name = f"{prefix}.layers.{index}"
+            # vLLM counts the layers of both halves by the number in this name.
+            attention = f"{root}.layers.{half + index}.attn"
+            own = CrossAttention(vllm_config, f"{name}.mixer", attention)
+            self.layers.append(YocoLayer(vllm_config, name, own))
+        readers = [layer.mixer.attn for layer in self.layers]
+        self.owner: Attention = readers[0]
+        for reader in readers[1:]:
+            read_from(reader, self.owner.layer_name)
+        if config.early_exit:
+            last = 1 + vllm_config.num_speculative_tokens
+            for reader in readers:
+                last_queries_only(reader, last)
+
+    def store(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Write the global KV of all tokens, ``[tokens, dim]``."""
+        normed = self.kv_layer_norm(hidden_states)
+        key, value = self.kv_proj(normed)[0].chunk(2, dim=-1)
+        key, _ = self.rotary_emb(positions, key.contiguous(), None)
+        store(self.owner, key, value.contiguous())
+
+
+class YocoModel(nn.Module):
+    """Embeddings, both halves, and the last norm."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_substr={".ffn.fc2.": ".ffn.down_proj."},
+        orig_to_new_stacked={
+            ".ffn.fc1.": (".ffn.gate_up_proj.", 0),
+            ".ffn.gate.": (".ffn.gate_up_proj.", 1),
+            "cross_decoder.k_proj.": ("cross_decoder.kv_proj.", 0),
+            "cross_decoder.v_proj.": ("cross_decoder.kv_proj.", 1),
+        },
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: YocoConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.dim, quant_config=vllm_config.quant_config
+        )
+        self.self_decoder = SelfDecoder(vllm_config, f"{prefix}.self_decoder")
+        self.cross_decoder = CrossDecoder(vllm_config, f"{prefix}.cross_decoder")
+        self.layer_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.run = SpanRunner(vllm_config, config.dim)
+        self.lower = self.run.span("self_decoder", self.self_decoder.layers)
+        self.upper = self.run.span("cross_decoder", self.cross_decoder.layers)
+        lower = {
+            f"self_decoder.layers.{layer}.mixer.{shard}_proj.": (
+                f"self_decoder.layers.{layer}.mixer.qkv_proj.",
+                shard,
+            )
+            for layer in range(config.n_layers // 2)
+            for shard in "qkv"
+        }
+        self.hf_to_vllm_mapper = self.hf_to_vllm_mapper | WeightsMapper(
+            orig_to_new_stacked=lower
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[tokens, dim]``."""
+        return self.embed_tokens(input_ids) * self.config.dim**0.5
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the batch.
+
+        Returns:
+            ``[tokens, dim]``; with early exit zeros where no logits can be wanted.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        hidden_states, residual = self.run(self.lower, positions, inputs_embeds, None)
+        hidden_states = hidden_states + residual
+        self.cross_decoder.store(positions, hidden_states)
+        tokens = None
+        if self.config.early_exit:
+            tokens = last_tokens(self.cross_decoder.owner)
+        if tokens is None:
+            return self.layer_norm(
+                *self.run(self.upper, positions, hidden_states, None)
+            )[0]
+        with without_graphs():
+            found = self.run(self.upper, positions[tokens], hidden_states[tokens], None)
+        output = torch.zeros_like(hidden_states)
+        output[tokens] = self.layer_norm(*found)[0]
+        return output
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the authors' names."""
+        loader = AutoWeightsLoader(self)
+        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class YocoForCausalLM(nn.Module, SupportsQuant):
+    """YOCO with sliding windows in its lower half."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "output_projection.": "lm_head.",
+            "embed_tokens.": "model.embed_tokens.",
+            "self_decoder.": "model.self_decoder.",
+            "cross_decoder.": "model.cross_decoder.",
+            "layer_norm.": "model.layer_norm.",
+        }
+    )
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["fc1", "gate"],
+        "kv_proj": ["k_proj", "v_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: YocoConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = YocoModel(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
+        )
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.dim,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[tokens, dim]``."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's models; pipeline parallelism is refused by vLLM."""
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """``[tokens, vocab]``."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint with the authors' names."""
+        loader = AutoWeightsLoader(self)
+        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class YocoRetentionForCausalLM(YocoForCausalLM, HasInnerState, IsHybrid):
+    """YOCO with gated retention in its lower half."""
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[torch.dtype]:
+        """For vLLM, which sizes pages before the model exists."""
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[tuple[int, int, int], ...]:
+        """The same."""
+        config: YocoConfig = vllm_config.model_config.hf_config
+        return MambaStateShapeCalculator.linear_attention_state_shape(
+            num_heads=config.n_self_heads,
+            tp_size=vllm_config.parallel_config.tensor_parallel_size,
+            head_dim=config.dim // config.n_self_heads,
+        )
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> Any:
+        """How vLLM copies states at the end of a cached prefix."""
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
