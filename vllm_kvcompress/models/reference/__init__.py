@@ -1,1 +1,1 @@
-"""The models in plain transformers and torch: oracles, and what can be trained."""
+"""The models in plain torch and transformers: for training, and to compare with."""
