@@ -242,6 +242,10 @@ class YocoConfig(PreTrainedConfig):
         Raises:
             ValueError: They do not fit each other.
         """
+        sizes = ("dim", "hidden_dim", "n_self_heads", "n_attn_heads", "n_attn_kv_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_layers < 2 or self.n_layers % 2:
             raise ValueError(f"n_layers={self.n_layers} must be even and at least 2")
         for name in ("n_self_heads", "n_attn_heads"):
