@@ -241,7 +241,7 @@ class Worker:
             replace=lambda **fields: SimpleNamespace(**fields),
         )
         if shift := self.compression.row_shift(group):
-            seen = shift.physical(seen, BLOCK)
+            seen = shift.physical(seen, BLOCK, shift.new_lens())
         if isinstance(shift, SharingRows):
             merges = [self.lives[r].merges(group) for r in batch]
             found, wanted = shift.sharing(), [i for i, m in enumerate(merges) if m]

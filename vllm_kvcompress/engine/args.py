@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .. import models
 from ..config import KEY, ConfigError, KVCompressionConfig
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def fold(
 def config_of(vllm_config: "VllmConfig") -> KVCompressionConfig | None:
     """The compression settings of an engine, None if it does not compress."""
     given = _given(vllm_config.additional_config)
-    return None if given is None else _parsed(json.dumps(given))
+    if given is None or given.get("method") in models.METHODS:
+        return None
+    return _parsed(json.dumps(given))
 
 
 def _given(additional_config: Any) -> Any:
@@ -87,7 +90,8 @@ def _parsed(settings: str) -> KVCompressionConfig:
     return KVCompressionConfig.from_dict(json.loads(settings))
 
 
-def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig:
+def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig | None:
+    """The settings; None if they only say how the model is built."""
     from vllm import __version__
 
     if not f"{__version__}.".startswith(f"{SUPPORTED_VLLM}."):
@@ -95,6 +99,13 @@ def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig:
             f"{KEY} needs vLLM {SUPPORTED_VLLM}.*, not {__version__}; "
             "install that version or start without compression"
         )
+    if isinstance(settings, Mapping) and settings.get("method") in models.METHODS:
+        if others := sorted(settings.keys() - {"method"}):
+            raise ConfigError(
+                f"{KEY}: {settings['method']} is how a model is built and has no "
+                f"settings; drop {', '.join(others)}"
+            )
+        return None
     return KVCompressionConfig.from_dict(settings)
 
 
@@ -120,18 +131,33 @@ def _with_compression(create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = _given(self.additional_config)
-        if given is None:
-            return create(self, *args, **kwargs)
-        config = _checked(given)
+        config = None if given is None else _checked(given)
+        wants_prefix_caching = self.enable_prefix_caching is True
         vllm_config = create(self, *args, **kwargs)
-        # With the defaults filled in, for the logs and the configuration hash.
-        vllm_config.additional_config = {
-            **vllm_config.additional_config,
-            KEY: config.settings(),
-        }
-        from .enable import enable
+        if vllm_config.model_config.architecture in models.ARCHITECTURES:
+            from .shared_models import prepare
 
-        enable(vllm_config, config)
+            prepare(vllm_config, wants_prefix_caching)
+        if given is not None:
+            _switch_on(vllm_config, given["method"], config)
         return vllm_config
 
     return create_engine_config
+
+
+def _switch_on(
+    vllm_config: "VllmConfig", method: str, config: KVCompressionConfig | None
+) -> None:
+    if config is None:
+        from .shared_models import check_method
+
+        check_method(vllm_config, method)
+        return
+    # With the defaults filled in, for the logs and the configuration hash.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        KEY: config.settings(),
+    }
+    from .enable import enable
+
+    enable(vllm_config, config)

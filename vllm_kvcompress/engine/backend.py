@@ -42,6 +42,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
         supports_update_block_table = False
         # Set by the runner where the group is compressed; None passes through.
         row_shift: RowShift | None = None
+        _lens: torch.Tensor | None = None
         # What the last metadata were built of, for the tiers of a pruned batch.
         physical: CommonAttentionMetadata | None = None
 
@@ -59,8 +60,10 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
             **kwargs: Any,
         ) -> Any:
             if self.row_shift is not None:
+                if self._lens is None:
+                    self._lens = self.row_shift.new_lens()
                 common_attn_metadata = self.row_shift.physical(
-                    common_attn_metadata, self.kv_cache_spec.block_size
+                    common_attn_metadata, self.kv_cache_spec.block_size, self._lens
                 )
                 self.physical = common_attn_metadata
             if isinstance(self.row_shift, HeadPages) and (
@@ -104,7 +107,7 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
             **kwargs: Any,
         ) -> Any:
             if window := getattr(layer, "observation_window", None):
-                window.capture(query)
+                window.capture(query, getattr(attn_metadata, "given_tokens", None))
             forward: Callable[..., Any] = super().forward
             if kv_heads := getattr(attn_metadata, "kv_heads", 0):
                 one_head = functools.partial(impl_base.forward, self._one_head)

@@ -18,10 +18,10 @@ from ..methods.minicache import MiniCache
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
-from .layers import paired_layers, rate
+from .layers import paired_layers, rate, reads_from
 from .layout import kernel_blocks, page_layout
 from .merging import Part, merge_layers
-from .observation import ObservationWindow
+from .observation import ObservationWindow, observed
 from .one_head import check_pages
 from .page_formats import find_scales
 from .pruner import Pruner, Tier
@@ -79,7 +79,9 @@ class CompressionExecutor:
             kv_spec = spec.kv_cache_spec
             if not isinstance(kv_spec, CompressedAttentionSpec):
                 continue
-            own = [layers[name] for name in spec.layer_names]
+            # vLLM lists the layers that read another's cache as well.
+            named = [layers[name] for name in spec.layer_names]
+            own = [layer for layer in named if reads_from(layer) is None]
             rows = RowShift(max_num_reqs, self._device)
             if uneven:
                 rows = HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
@@ -91,7 +93,7 @@ class CompressionExecutor:
                 for layer in group.layers:
                     check_pages(layer.kv_cache)
             if any(scorer.needs_queries for scorer in self._scorers.values()):
-                for layer in group.layers:
+                for layer in named:
                     layer.observation_window = ObservationWindow(self._spans)
                     self._windows.append(layer.observation_window)
         for layer in layers.values():
@@ -264,7 +266,7 @@ class CompressionExecutor:
             target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
             if scorer.needs_queries:
-                queries = layer.observation_window.of(request_id, directive.window)
+                queries = observed(layer, request_id, directive.window)
             if scorer.uneven:  # by what all layers together want
                 by_head.append(HeldLayer(layer, layout, queries))
                 continue

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
+from .. import models
 from ..config import DEFAULT_BUDGET, ConfigError
 from ..methods import load_method, method_names
 from .args import fold
@@ -33,10 +34,12 @@ def with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--kv-compression",
             metavar="METHOD",
-            choices=names,
+            choices=[*names, *models.METHODS],
             default=argparse.SUPPRESS,
             help=f"Compress the KV cache with this method: {', '.join(names)}. "
-            "Without this flag nothing is compressed.",
+            "Without this flag nothing is compressed. Models whose layers share KV "
+            f"({', '.join(models.METHODS)}) need no flag; given one of these names, "
+            "vLLM starts with such a model only.",
         )
         group.add_argument(
             "--kv-compression-config",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
@@ -23,6 +23,8 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
 )
+
+from .args import config_of
 
 
 def read_from(layer: Attention, target: str) -> None:
@@ -36,6 +38,7 @@ def leave_out_current(layer: Attention) -> None:
 
     Where that leaves no key, at position 0, the result means nothing.
     """
+    layer.leaves_out_current = True
     layer.attn_backend = _past_only(layer.attn_backend)
 
 
@@ -82,7 +85,7 @@ def _past_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
             super().__init__(*args, **kwargs)
             # Full CUDA graphs capture its address.
             most = self.vllm_config.scheduler_config.max_num_seqs
-            self._lens = torch.zeros(most, dtype=torch.int32, device=self.device)
+            self._past = torch.zeros(most, dtype=torch.int32, device=self.device)
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
@@ -100,7 +103,7 @@ def _past_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             common = common_attn_metadata
             bound = common.seq_lens_cpu_upper_bound
-            lens = torch.sub(common.seq_lens, 1, out=self._lens[: common.num_reqs])
+            lens = torch.sub(common.seq_lens, 1, out=self._past[: common.num_reqs])
             past = common.replace(
                 seq_lens=lens.clamp_(min=1),  # kernels dislike empty sequences
                 seq_lens_cpu_upper_bound=(
@@ -117,9 +120,22 @@ def _past_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
     )
 
 
-def last_queries_only(layer: Attention, count: int) -> None:
-    """Give ``layer`` the last ``count`` tokens of each request's chunk only."""
+def last_queries_only(layer: Attention, vllm_config: VllmConfig) -> bool:
+    """Give ``layer`` the last tokens of each request's chunk only.
+
+    As many as may be sampled from, or are wanted to compress the layer's KV cache.
+
+    Returns:
+        False if the layer has to be given all: a method wants more with longer prompts.
+    """
+    count = 1 + vllm_config.num_speculative_tokens
+    if config := config_of(vllm_config):
+        count = max(count, config.window)
+        long = vllm_config.model_config.max_model_len
+        if any(s.queries_wanted(long) > count for s in config.scorers.values()):
+            return False
     layer.attn_backend = _last_only(layer.attn_backend, count)
+    return True
 
 
 def last_tokens(layer: Attention) -> torch.Tensor | None:
@@ -170,6 +186,9 @@ def _last_only(base: type[AttentionBackend], count: int) -> type[AttentionBacken
             if common.max_query_len > count:
                 common, tokens = _shortened(common, count)
             metadata = super().build(common_prefix_len, common, *args, **kwargs)
+            if tokens is not None:
+                metadata.given_tokens = tokens.numpy()
+                tokens = tokens.to(self.device, non_blocking=True)
             metadata.last_tokens = tokens
             return metadata
 
@@ -181,7 +200,7 @@ def _last_only(base: type[AttentionBackend], count: int) -> type[AttentionBacken
 def _shortened(
     common: CommonAttentionMetadata, count: int
 ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
-    """The metadata of the last ``count`` tokens of each chunk, and those tokens."""
+    """The metadata of the last ``count`` tokens of each chunk, and those on the CPU."""
     starts = common.query_start_loc_cpu
     lens = starts.diff().clamp_(max=count)
     ends = torch.zeros_like(starts)
@@ -189,16 +208,17 @@ def _shortened(
     total = int(ends[-1])
     # Token i of the shortened batch lies so much further back in the whole one.
     skipped = (starts[1:] - ends[1:]).repeat_interleave(lens, output_size=total)
-    tokens = (torch.arange(total) + skipped).to(common.query_start_loc.device)
+    tokens = torch.arange(total) + skipped
     device = common.query_start_loc.device
+    given = tokens.to(device, non_blocking=True)
     positions = common.positions
     shortened = common.replace(
         query_start_loc=ends.to(device, non_blocking=True),
         query_start_loc_cpu=ends,
         num_actual_tokens=total,
         max_query_len=int(lens.max()),
-        slot_mapping=common.slot_mapping[tokens],
-        positions=None if positions is None else positions[tokens],
+        slot_mapping=common.slot_mapping[given],
+        positions=None if positions is None else positions[given],
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

@@ -34,30 +34,19 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             budgets by layer do not fit this model.
     """
     config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
-    layers = []
     uneven = any(scorer.uneven for scorer in config.scorers.values())
     if uneven:
         _check_layout(config.method)
-    context = vllm_config.compilation_config.static_forward_context
-    for name, layer in context.items():
-        if not isinstance(layer, AttentionLayerBase):
-            continue
-        if type(layer.get_kv_cache_spec(vllm_config)) is not FullAttentionSpec:
-            continue
-        if reason := _unsupported(layer):
-            raise ConfigError(
-                f"{KEY}: layer {name} uses {reason}, which cannot be compressed "
-                "yet; start without --kv-compression"
-            )
-        if uneven:
-            if (backend := layer.attn_backend.get_name()) not in BACKENDS:
+    layers = _owners(vllm_config)
+    for layer in layers:
+        for reader in layer.kv_readers:
+            if reason := _unsupported(reader):
                 raise ConfigError(
-                    f"{KEY}: method={config.method} does not work with the attention "
-                    f"backend {backend}; give --attention-backend "
-                    f"{' or '.join(BACKENDS)}, or choose another method"
+                    f"{KEY}: layer {reader.layer_name} uses {reason}, which cannot be "
+                    "compressed yet; start without --kv-compression"
                 )
-            layer.attn_backend = head_major(layer.attn_backend)
-        layers.append(layer)
+            if uneven:
+                _read_by_head(reader, config.method)
     if not layers:
         raise ConfigError(
             f"{KEY}: this model has no full-attention layer to compress; "
@@ -76,6 +65,48 @@ def compress_layers(vllm_config: VllmConfig) -> None:
             layer.get_kv_cache_spec = _Compressed(
                 layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
             )
+
+
+def reads_from(layer: Any) -> str | None:
+    """The layer whose KV cache an attention layer reads, None = its own."""
+    return getattr(layer, "kv_sharing_target_layer_name", None)
+
+
+def _owners(vllm_config: VllmConfig) -> list[Any]:
+    """Layers with a full-attention KV cache, from the bottom.
+
+    Each is given ``kv_readers``, the layers that read its cache, itself among them.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    every = {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase)
+    }
+    owners = [
+        layer
+        for layer in every.values()
+        if reads_from(layer) is None
+        and type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+    ]
+    for owner in owners:
+        owner.kv_readers = [
+            layer
+            for name, layer in every.items()
+            if layer is owner or every.get(reads_from(layer) or "") is owner
+        ]
+    return owners
+
+
+def _read_by_head(layer: Any, method: str) -> None:
+    """Let a layer read what `HeadPages` deals out."""
+    if (backend := layer.attn_backend.get_name()) not in BACKENDS:
+        raise ConfigError(
+            f"{KEY}: method={method} does not work with the attention backend "
+            f"{backend}; give --attention-backend {' or '.join(BACKENDS)}, or choose "
+            "another method"
+        )
+    layer.attn_backend = head_major(layer.attn_backend)
 
 
 def _check_pairs(
@@ -107,6 +138,12 @@ def _check_pairs(
                 f"{KEY}: method={config.method} cannot merge {' and '.join(names)}, "
                 "which are no neighbours with KV of one shape; choose another method"
             )
+        for layer in (shallow, deep):
+            if len(layer.kv_readers) > 1:
+                raise ConfigError(
+                    f"{KEY}: method={config.method} cannot merge {layer.layer_name}, "
+                    "whose KV other layers read too; choose another method"
+                )
 
 
 def paired_layers(layers: Iterable[Any], config: KVCompressionConfig) -> dict[Any, Any]:
@@ -161,7 +198,15 @@ def rate(
 ) -> torch.Tensor:
     """The scores of a compressed layer's tokens, see `Scorer.score`."""
     softcap = getattr(layer.impl, "logits_soft_cap", None) or 0.0
-    about = Layer(layer.compressed_index, layer.impl.scale, softcap)
+    readers = getattr(layer, "kv_readers", (layer,))
+    past_only = [getattr(each, "leaves_out_current", False) for each in readers]
+    group = layer.num_heads // layer.num_kv_heads
+    about = Layer(
+        layer.compressed_index,
+        layer.impl.scale,
+        softcap,
+        tuple(flag for flag in past_only for _ in range(group) if any(past_only)),
+    )
     scores = scorer.score(queries, keys, values, about)
     ranks = get_tensor_model_parallel_world_size()
     if scorer.across_heads and ranks > 1:
@@ -188,8 +233,8 @@ def _unsupported(layer: Any) -> str | None:
         return f"{type(layer).__name__} attention"
     if not hasattr(layer.attn_backend.get_builder_cls(), "row_shift"):
         return f"the attention backend {layer.attn_backend.get_name()}"
-    if layer.kv_sharing_target_layer_name is not None:
-        return "another layer's KV cache"
+    if getattr(layer, "reads_window", layer.sliding_window) is not None:
+        return "a sliding window over KV that others read all of"
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         return "ALiBi"
     if layer.has_sink:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import KEY, KVCompressionConfig
 from .args import config_of
+from .shared_models import prompt_logprobs_refusal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -87,7 +88,7 @@ def request_settings(
 
 @functools.cache
 def install() -> None:
-    """Check the requests of engines that compress, before an engine sees them."""
+    """Check requests before an engine sees them, where one is started that must."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -97,6 +98,8 @@ def install() -> None:
 
 def _check(vllm_config: "VllmConfig", params: Any) -> None:
     """Raise what vLLM answers with HTTP 400."""
+    if getattr(params, "prompt_logprobs", None) is not None:
+        _check_prompt_logprobs(vllm_config)
     extra_args = getattr(params, "extra_args", None)
     if not extra_args or (config := config_of(vllm_config)) is None:
         return
@@ -106,6 +109,13 @@ def _check(vllm_config: "VllmConfig", params: Any) -> None:
         request_settings(extra_args, config, vllm_config.cache_config.block_size)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from None
+
+
+def _check_prompt_logprobs(vllm_config: "VllmConfig") -> None:
+    if reason := prompt_logprobs_refusal(vllm_config):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(reason, parameter="prompt_logprobs")
 
 
 def _check_session(vllm_config: "VllmConfig") -> None:

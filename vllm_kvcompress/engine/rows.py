@@ -22,7 +22,6 @@ class RowShift:
         self._rows: Sequence[str] = ()
         self._aimed: tuple[list[int], int, int, int] | None = None
         self._table: torch.Tensor | None = None
-        self._lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
 
     def set(self, request_id: str, tokens: int) -> None:
         """Shift a request's row by ``tokens``, a multiple of the block size."""
@@ -54,14 +53,19 @@ class RowShift:
             self._source = (column + blocks).clamp_(max=width - 1)
         return any(shifts)
 
+    def new_lens(self) -> torch.Tensor:
+        """A buffer of lengths: each kind of layer sees its own, see `physical`."""
+        return torch.zeros(self._max_num_reqs, dtype=torch.int32, device=self._device)
+
     def physical(
-        self, common: CommonAttentionMetadata, block_size: int
+        self, common: CommonAttentionMetadata, block_size: int, lens: torch.Tensor
     ) -> CommonAttentionMetadata:
         """The metadata with every row shifted and every length reduced.
 
         Args:
             common: vLLM's metadata of one group, logical.
             block_size: Tokens of the blocks that ``block_table_tensor`` counts.
+            lens: From `new_lens`; the result refers to it.
         """
         if not self._shift_of and self._device.type == "cpu":
             return common  # no graph has captured an address here
@@ -81,7 +85,7 @@ class RowShift:
             block_table_tensor=torch.gather(
                 table, 1, self._source, out=self._table[:rows, :width]
             ),
-            seq_lens=torch.sub(common.seq_lens, self._tokens, out=self._lens[:rows]),
+            seq_lens=torch.sub(common.seq_lens, self._tokens, out=lens[:rows]),
             seq_lens_cpu_upper_bound=lens_bound,
             max_seq_len=longest,
             _num_computed_tokens_cache=None,

@@ -16,11 +16,14 @@ class Layer:
         index: Among the layers that are compressed, from 0 at the bottom.
         scale: Factor on attention logits.
         softcap: Logit soft cap, 0 = none.
+        past_only: Of a KV head's query heads, whether they leave out the current
+            token, as those of middle layers of LCKV do; empty = none does.
     """
 
     index: int
     scale: float
     softcap: float = 0.0
+    past_only: tuple[bool, ...] = ()
 
 
 class Scorer(BaseModel):

@@ -152,6 +152,7 @@ class PyramidInfer(Scorer):
             scale=layer.scale,
             softcap=layer.softcap,
             weights=weights / recent,
+            past_only=layer.past_only,
         ).mean(0)
         scores[: self.sinks] = float("inf")
         scores[-recent:] = float("inf")

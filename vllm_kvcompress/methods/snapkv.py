@@ -53,7 +53,13 @@ class SnapKV(Scorer):
         """See `Scorer.score`."""
         if queries is None:
             raise ValueError("SnapKV needs the observation window's queries")
-        scores = window_scores(queries, keys, scale=layer.scale, softcap=layer.softcap)
+        scores = window_scores(
+            queries,
+            keys,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            past_only=layer.past_only,
+        )
         past = scores.shape[1] - self.window
         scores[:, :past] = pool(
             scores[:, :past], kernel_size=self.kernel_size, pooling=self.pooling

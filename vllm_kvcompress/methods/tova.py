@@ -40,7 +40,13 @@ class TOVA(Scorer):
         """See `Scorer.score`."""
         if queries is None:
             raise ValueError("TOVA needs the last query")
-        scores = window_scores(queries, keys, scale=layer.scale, softcap=layer.softcap)
+        scores = window_scores(
+            queries,
+            keys,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            past_only=layer.past_only,
+        )
         shared = scores.mean(0)
         shared[-1] = float("inf")
         return shared.expand_as(scores)

@@ -1,12 +1,13 @@
 """Models that share KV across layers: YOCO, CLA, LCKV; for vLLM and in plain torch."""
 
-ARCHITECTURES = {
-    "ClaLlamaForCausalLM": "shared_llama",
-    "LCKVLlamaForCausalLM": "shared_llama",
-    "OptLlamaForCausalLM": "shared_llama",
-    "YocoForCausalLM": "yoco",
-    "YocoRetentionForCausalLM": "yoco",
+METHODS = {
+    "yoco": ("YocoForCausalLM", "YocoRetentionForCausalLM"),
+    "cla": ("ClaLlamaForCausalLM",),
+    "lckv": ("LCKVLlamaForCausalLM", "OptLlamaForCausalLM"),
 }
+"""What ``--kv-compression`` names and a model is or is not: its architectures."""
+
+ARCHITECTURES = frozenset(name for names in METHODS.values() for name in names)
 
 
 def register() -> None:
@@ -23,5 +24,6 @@ def register() -> None:
         configs.YocoConfig,
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name, module in ARCHITECTURES.items():
+    for name in ARCHITECTURES:
+        module = "yoco" if name in METHODS["yoco"] else "shared_llama"
         ModelRegistry.register_model(name, f"{__name__}.{module}:{name}")

@@ -112,6 +112,7 @@ class SharedAttention(nn.Module):
         elif not layer_map.keeps_window(index):
             # Another layer reads further back, so nothing may be freed.
             self.attn.sliding_window = None
+        self.attn.reads_window = window
         if self.masked:
             leave_out_current(self.attn)
 

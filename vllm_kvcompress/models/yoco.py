@@ -137,10 +137,9 @@ class CrossDecoder(nn.Module):
         self.owner: Attention = readers[0]
         for reader in readers[1:]:
             read_from(reader, self.owner.layer_name)
-        if config.early_exit:
-            last = 1 + vllm_config.num_speculative_tokens
-            for reader in readers:
-                last_queries_only(reader, last)
+        self.exits_early = config.early_exit and all(
+            [last_queries_only(reader, vllm_config) for reader in readers]
+        )
 
     def store(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Write the global KV of all tokens, ``[tokens, dim]``."""
@@ -209,7 +208,7 @@ class YocoModel(nn.Module):
         hidden_states = hidden_states + residual
         self.cross_decoder.store(positions, hidden_states)
         tokens = None
-        if self.config.early_exit:
+        if self.cross_decoder.exits_early:
             tokens = last_tokens(self.cross_decoder.owner)
         if tokens is None:
             return self.layer_norm(

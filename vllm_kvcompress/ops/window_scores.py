@@ -1,5 +1,7 @@
 """Attention mass that the observation window gives to every key."""
 
+from collections.abc import Sequence
+
 import torch
 
 MAX_LOGITS = 1 << 24  # of one temporary
@@ -12,6 +14,7 @@ def window_scores(
     scale: float,
     softcap: float = 0.0,
     weights: torch.Tensor | None = None,
+    past_only: Sequence[bool] = (),
 ) -> torch.Tensor:
     """Sum over the window, mean over the query heads of a KV head.
 
@@ -25,6 +28,8 @@ def window_scores(
         scale: Factor on the logits, ``head_size ** -0.5`` in most models.
         softcap: ``softcap * tanh(logits / softcap)`` if not 0 (Gemma 2).
         weights: ``[window]`` float32, a factor on each query's votes; None = 1.
+        past_only: Of each KV head's query heads, whether they do not see their own
+            token; empty = all see it.
 
     Returns:
         ``[kv_heads, tokens]`` float32.
@@ -38,6 +43,7 @@ def window_scores(
     position = torch.arange(tokens - window, tokens, device=keys.device)
     scores = torch.zeros(kv_heads, tokens, dtype=torch.float32, device=keys.device)
     rows = max(1, MAX_LOGITS // (group * tokens))
+    strict = torch.tensor(list(past_only), dtype=torch.bool, device=keys.device)
     for head in range(kv_heads):
         columns = keys[head].float().T
         for first in range(0, window, rows):
@@ -49,7 +55,13 @@ def window_scores(
             recent = logits[:, :, tokens - window :]
             future = position[first : first + rows, None] < position
             recent.masked_fill_(future, float("-inf"))
+            if past_only:
+                itself = position[first : first + rows, None] == position
+                unseen = strict[:, None, None] & itself
+                recent.masked_fill_(unseen, float("-inf"))
             votes = logits.softmax(-1)
+            if past_only:
+                votes = votes.nan_to_num()  # a first token sees nothing
             if weights is None:
                 scores[head] += votes.sum(1).mean(0)
             else:

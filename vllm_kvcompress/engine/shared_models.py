@@ -1,0 +1,106 @@
+"""Engines of models that share KV across layers: what they need, and cannot do."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from ..config import KEY, ConfigError
+from ..models import METHODS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Only names below "vllm" have vLLM's handlers.
+logger = init_logger("vllm.kvcompress.models")
+
+
+def check_method(vllm_config: "VllmConfig", method: str) -> None:
+    """Check that ``--kv-compression METHOD`` is how the model is built.
+
+    Raises:
+        ConfigError: It is built otherwise.
+    """
+    architecture = vllm_config.model_config.architecture
+    if architecture not in METHODS[method]:
+        raise ConfigError(
+            f"{KEY}={method} needs a model that is built so ({METHODS[method][0]}), "
+            f"not {architecture}; make one with kvcompress convert, or drop the flag"
+        )
+
+
+def prepare(vllm_config: "VllmConfig", wants_prefix_caching: bool) -> None:
+    """Refuse what does not work with such a model; tell what it saves.
+
+    Args:
+        vllm_config: Of an engine with one of our models.
+        wants_prefix_caching: Whether the user asked for it; it is on by default.
+
+    Raises:
+        ConfigError: Something that is switched on cannot work.
+    """
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    config: Any = model.hf_config
+    name = model.architecture
+    yoco = name in METHODS["yoco"]
+    approximate = not getattr(config, "use_sequential", True)
+    refused = [
+        (parallel.use_ubatching, "dual batch overlap", "drop --enable-dbo"),
+        (
+            parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1,
+            "context parallelism (DCP, PCP)",
+            "use size 1",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and KV offloading",
+            "drop --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            yoco and config.early_exit and model.runner_type != "generate",
+            "pooling and early exit",
+            "add --hf-overrides '{\"early_exit\": false}'",
+        ),
+        (
+            approximate and wants_prefix_caching,
+            "--enable-prefix-caching and prompts read in a limited number of passes",
+            "add --hf-overrides '{\"use_sequential\": true}', or drop that flag",
+        ),
+    ]
+    for used, setting, way_out in refused:
+        if used:
+            raise ConfigError(f"{name} does not work with {setting}; {way_out}")
+    if approximate and vllm_config.cache_config.enable_prefix_caching:
+        logger.warning(
+            "%s reads prompts in %d passes, so cached prefixes would depend on who "
+            "computed them: prefix caching is off. With --hf-overrides "
+            "'{\"use_sequential\": true}' it is exact and stays on.",
+            name,
+            config.passes,
+        )
+        vllm_config.cache_config.enable_prefix_caching = False
+    if prompt_logprobs_refusal(vllm_config):
+        from .requests import install
+
+        install()
+    layers, stored = kv_layers(config)
+    logger.info("%s stores KV in %d of %d layers", name, stored, layers)
+
+
+def kv_layers(config: Any) -> tuple[int, int]:
+    """Layers of one of our models, and how many of them store KV for all tokens."""
+    if hasattr(config, "layer_map"):
+        return config.num_hidden_layers, len(config.layer_map.writers)
+    return config.num_hidden_layers, 1
+
+
+def prompt_logprobs_refusal(vllm_config: "VllmConfig") -> str | None:
+    """Why no request may ask for logprobs of its prompt, None if it may."""
+    config = vllm_config.model_config.hf_config
+    if not getattr(config, "early_exit", False):
+        return None
+    return (
+        "prompt_logprobs is not possible: prompts do not go through all layers of this "
+        "model; start the server with --hf-overrides '{\"early_exit\": false}'"
+    )
