@@ -6,7 +6,9 @@ first ``E - K`` entries, and a length shorter by as many blocks: one integer per
 request. Buffers persist, since full CUDA graphs capture their addresses.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,6 +24,13 @@ class RowShift:
         self._rows: Sequence[str] = ()
         self._aimed: tuple[list[int], int, int, int] | None = None
         self._table: torch.Tensor | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> Self:
+        """The same for some rows of the coming batch, with buffers of its own."""
+        part = copy.copy(self)
+        part._rows = [self._rows[row] for row in rows if row < len(self._rows)]
+        part._aimed = part._table = None
+        return part
 
     def set(self, request_id: str, tokens: int) -> None:
         """Shift a request's row by ``tokens``, a multiple of the block size."""

@@ -1,6 +1,7 @@
 """Layers of a decoder that run together, compiled as one, for vLLM."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,11 @@ class LayerSpan(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = layers
+
+    @property
+    def attention(self) -> list[Any]:
+        """The attention of all layers, where it is named as in Llama."""
+        return [layer.self_attn for layer in self.layers]
 
     def forward(
         self,

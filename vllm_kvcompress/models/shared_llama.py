@@ -24,7 +24,8 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from ..engine.kv_views import longest_query, store_zeros
+from ..engine.batch_parts import again, in_several_passes, passes_needed
+from ..engine.kv_views import store_zeros
 from .layer_map import LayerMap
 from .layer_span import LayerSpan, SpanRunner
 from .shared_attention import SharedDecoderLayer
@@ -80,6 +81,9 @@ class SharedLlamaModel(nn.Module):
             if first < end:
                 module = self.run.span(f"layers_{first}_{end}", self.layers[first:end])
                 self.spans.append((span.repeats, module))
+                if span.repeats:
+                    for attention in module.attention:
+                        in_several_passes(attention.attn)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not stages.is_last_rank:
             self.norm = PPMissingLayer()
@@ -129,8 +133,8 @@ class SharedLlamaModel(nn.Module):
 
         After k passes the first k tokens of every chunk are exact.
         """
-        attention = [layer.self_attn for layer in span.layers]
-        needed = longest_query(next(each.attn for each in attention if each.masked))
+        attention = span.attention
+        needed = passes_needed(attention[0].attn)
         if needed == 1:
             return self.run(span, positions, hidden_states, residual)
         if residual is not None:
@@ -138,14 +142,24 @@ class SharedLlamaModel(nn.Module):
         for each in attention:
             if each.owns:
                 store_zeros(each.attn, hidden_states)
+        outputs = self.run(span, positions, hidden_states, residual)
         exact = self.config.use_sequential
-        before = None
-        for _ in range(needed if exact else min(needed, self.config.passes)):
-            outputs = self.run(span, positions, hidden_states, residual)
-            if exact:
-                if before is not None and torch.equal(outputs[0], before):
+        needed = needed if exact else min(needed, self.config.passes)
+        with again([each.attn for each in attention]) as tokens:
+            if tokens is not None:
+                outputs = outputs[0].clone(), outputs[1].clone()
+                hidden_states, positions = hidden_states[tokens], positions[tokens]
+                residual = None if residual is None else residual[tokens]
+            found = outputs
+            for _ in range(needed - 1):
+                before = found[0].clone() if exact else None
+                found = self.run(span, positions, hidden_states, residual)
+                if before is not None and torch.equal(found[0], before):
                     break
-                before = outputs[0].clone()
+        if tokens is None:
+            return found
+        for whole, part in zip(outputs, found, strict=True):
+            whole[tokens] = part
         return outputs
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

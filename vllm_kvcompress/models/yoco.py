@@ -36,13 +36,8 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 
-from ..engine.kv_views import (
-    last_queries_only,
-    last_tokens,
-    read_from,
-    store,
-    without_graphs,
-)
+from ..engine.batch_parts import last_queries_only, last_tokens
+from ..engine.kv_views import read_from, store
 from .configs import YocoConfig
 from .layer_span import SpanRunner
 from .yoco_mixers import (
@@ -207,18 +202,20 @@ class YocoModel(nn.Module):
         hidden_states, residual = self.run(self.lower, positions, inputs_embeds, None)
         hidden_states = hidden_states + residual
         self.cross_decoder.store(positions, hidden_states)
-        tokens = None
-        if self.cross_decoder.exits_early:
-            tokens = last_tokens(self.cross_decoder.owner)
-        if tokens is None:
-            return self.layer_norm(
-                *self.run(self.upper, positions, hidden_states, None)
-            )[0]
-        with without_graphs():
-            found = self.run(self.upper, positions[tokens], hidden_states[tokens], None)
-        output = torch.zeros_like(hidden_states)
-        output[tokens] = self.layer_norm(*found)[0]
-        return output
+        if not self.cross_decoder.exits_early:
+            return self._upper(positions, hidden_states)
+        with last_tokens(self.cross_decoder.owner) as tokens:
+            if tokens is None:
+                return self._upper(positions, hidden_states)
+            output = torch.zeros_like(hidden_states)
+            output[tokens] = self._upper(positions[tokens], hidden_states[tokens])
+            return output
+
+    def _upper(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        found = self.run(self.upper, positions, hidden_states, None)
+        return self.layer_norm(*found)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the authors' names."""
