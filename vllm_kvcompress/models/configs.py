@@ -218,6 +218,7 @@ class YocoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     early_exit: bool = True
     initializer_range: float = 0.02
+    architectures: list[str] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

@@ -43,6 +43,10 @@ class SpanRunner(nn.Module):
     Layers overwrite their inputs, and piecewise CUDA graphs replay their addresses.
     """
 
+    positions: torch.Tensor
+    hidden: torch.Tensor
+    residual: torch.Tensor
+
     def __init__(self, vllm_config: VllmConfig, hidden_size: int) -> None:
         super().__init__()
         self._vllm_config = vllm_config

@@ -92,7 +92,7 @@ class SharedLlamaModel(nn.Module):
         )
         self.hf_to_vllm_mapper = _stacked(layer_map)
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """``[tokens, hidden_size]``."""
         return self.embed_tokens(input_ids)
 

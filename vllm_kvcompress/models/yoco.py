@@ -121,15 +121,16 @@ class CrossDecoder(nn.Module):
         self.kv_layer_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.rotary_emb = YocoRotaryEmbedding(config, config.n_attn_heads)
         self.layers = nn.ModuleList()
+        readers: list[Attention] = []
         root = prefix.rsplit(".", 1)[0]
         for index in range(half):
             name = f"{prefix}.layers.{index}"
             # vLLM counts the layers of both halves by the number in this name.
             attention = f"{root}.layers.{half + index}.attn"
             own = CrossAttention(vllm_config, f"{name}.mixer", attention)
+            readers.append(own.attn)
             self.layers.append(YocoLayer(vllm_config, name, own))
-        readers = [layer.mixer.attn for layer in self.layers]
-        self.owner: Attention = readers[0]
+        self.owner = readers[0]
         for reader in readers[1:]:
             read_from(reader, self.owner.layer_name)
         self.exits_early = config.early_exit and all(
@@ -182,7 +183,7 @@ class YocoModel(nn.Module):
             orig_to_new_stacked=lower
         )
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """``[tokens, dim]``."""
         return self.embed_tokens(input_ids) * self.config.dim**0.5
 

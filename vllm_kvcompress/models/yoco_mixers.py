@@ -24,6 +24,9 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from ..ops.retention import gate_decay, retention_chunkwise, retention_recurrent
 from .configs import YocoConfig
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values ``[tokens, heads, size]``, log decays ``[tokens, heads]``."""
+
 
 class YocoRotaryEmbedding(RotaryEmbedding):
     """Interleaved pairs; frequencies from 1 to ``1 / rope_theta``, both included."""
@@ -105,6 +108,8 @@ class SlidingWindow(_SelfMixer):
 class GatedRetention(_SelfMixer, MambaBase):
     """Retention; vLLM keeps its state as it keeps that of any linear attention."""
 
+    kv_cache: tuple[torch.Tensor, ...]
+
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(vllm_config, prefix)
         config: YocoConfig = vllm_config.model_config.hf_config
@@ -169,9 +174,7 @@ class GatedRetention(_SelfMixer, MambaBase):
         gate = torch.nn.functional.silu(self.g_proj(hidden_states)[0])
         output.copy_(self.out_proj(gate * found)[0])
 
-    def _retain(
-        self, metadata: Any, inputs: tuple[torch.Tensor, ...], found: torch.Tensor
-    ) -> None:
+    def _retain(self, metadata: Any, inputs: Inputs, found: torch.Tensor) -> None:
         """Fill ``found``, and go on with every request's state.
 
         vLLM puts requests that decode in front.
@@ -184,17 +187,17 @@ class GatedRetention(_SelfMixer, MambaBase):
         if ones:
             old = states[slots[:ones]]
             old.masked_fill_(new[:ones, None, None, None], 0.0)
-            output, state = retention_recurrent(
-                *(each[:ones, None] for each in inputs), old
-            )
+            query, key, value, decay = (each[:ones, None] for each in inputs)
+            output, state = retention_recurrent(query, key, value, decay, old)
             found[:ones] = output[:, 0]
             states[slots[:ones]] = state
         bounds = starts.tolist()
         for row in range(ones, ones + metadata.num_prefills):
             tokens = slice(bounds[row], bounds[row + 1])
             old = states[slots[row]] * ~new[row]
+            query, key, value, decay = (each[tokens] for each in inputs)
             found[tokens], states[slots[row]] = retention_chunkwise(
-                *(each[tokens] for each in inputs), old
+                query, key, value, decay, old
             )
 
 
