@@ -151,10 +151,10 @@ def test_yoco_with_retention_has_gates(source):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("to", ["cla2", "lckv-w2", "yoco"])
+@pytest.mark.parametrize("to", ["cla2", "lckv-w2", "yoco", "yoco --retention"])
 def test_dtype_is_kept(source, to, dtype):
     LlamaForCausalLM.from_pretrained(source).to(dtype).save_pretrained(source)
-    folder = convert(source, to)
+    folder = convert(source, *to.split())
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {dtype}
     assert f"torch.{config_of(folder)['dtype']}" == str(dtype)
@@ -225,6 +225,8 @@ def test_passes_and_windows(source):
     assert written["layer_types"] == "0_4s_4_4_4_5"
     assert written["sliding_window"] == 9
     assert (written["forward_passes"], written["backward_passes"]) == (1, 2)
+    written = config_of(convert(source, "lckv-w2", "--passes", "1"))
+    assert (written["forward_passes"], written["backward_passes"]) == (0, 1)
 
 
 def test_sandwich_of_the_paper():
