@@ -10,12 +10,11 @@ training has it, which is what methods that merge layers need to be judged by.
 
 import argparse
 import json
-import math
 import random
-import time
 from pathlib import Path
 
 import torch
+from training import fit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BOS, REMEMBER, RECALL = 0, 1, 2
@@ -75,49 +74,21 @@ def _new(args: argparse.Namespace) -> LlamaForCausalLM:
     )
 
 
+def draw(
+    rng: random.Random, size: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch for `training.fit`."""
+    own = rng.randint(length // 2, length)
+    most = max(2, min(24, (own - 4 * QUESTIONS) // 8))
+    tokens = batch(rng, size, own, rng.randint(2, most))
+    return tokens, answers(tokens)
+
+
 def train(args: argparse.Namespace) -> None:
-    """Train and save, telling loss and accuracy now and then."""
+    """Train and save."""
     torch.manual_seed(0)
-    rng = random.Random(0)
     model = LlamaForCausalLM.from_pretrained(args.resume) if args.resume else _new(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.01)
-    started, shares = time.monotonic(), []
-    stages = [tuple(map(int, stage.split("x"))) for stage in args.stages.split(",")]
-    total = sum(steps for _, _, steps in stages)
-    step = 0
-    for length, size, steps in stages:
-        for _ in range(steps):
-            warm = min(1.0, (step + 1) / 50)
-            fall = (1 + math.cos(math.pi * step / total)) / 2
-            rate = args.rate * warm * (0.05 + 0.95 * fall)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            own = rng.randint(length // 2, length)
-            most = max(2, min(24, (own - 4 * QUESTIONS) // 8))
-            tokens = batch(rng, size, own, rng.randint(2, most))
-            mask = answers(tokens)[:, 1:]
-            logits = model(tokens[:, :-1]).logits
-            wanted = tokens[:, 1:]
-            loss = torch.nn.functional.cross_entropy(logits[mask], wanted[mask])
-            # Keys that are never wanted would all look alike to the model.
-            rest = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), wanted.flatten()
-            )
-            loss = loss + 0.1 * rest
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            right = logits[mask].argmax(-1) == wanted[mask]
-            shares.append(right.float().mean().item())
-            step += 1
-            if step % 50 == 0:
-                recent = sum(shares[-50:]) / 50
-                print(
-                    f"step {step}/{total} length {length} loss {loss.item():.3f} "
-                    f"right {recent:.3f} {time.monotonic() - started:.0f} s",
-                    flush=True,
-                )
+    fit(model, draw, args.stages, args.rate)
     model.save_pretrained(args.output)
     (Path(args.output) / "training.json").write_text(json.dumps(vars(args)))
 

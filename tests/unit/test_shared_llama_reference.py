@@ -268,22 +268,40 @@ def test_no_token_reads_what_it_wrote_itself():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"sliding_window": 1}, {"force_nodiag": True}], ids=str
+    "settings, passes",
+    [
+        ({}, [False] * 7 + [True] * 2),
+        ({"sliding_window": 1}, [False] * 7 + [True] * 2),
+        ({"force_nodiag": True, "forward_passes": 1}, [False, True, True]),
+        ({"forward_passes": 0, "backward_passes": 0}, [True]),
+        ({"forward_passes": 3, "backward_passes": 0}, [False, False, True]),
+        ({"forward_passes": 0, "backward_passes": 3}, [True] * 3),
+    ],
 )
-def test_gradients_are_finite_and_of_the_last_passes_alone(settings):
+def test_gradients_are_finite_and_of_the_last_passes_alone(settings, passes):
     model = lckv("0_3s_3_3_4", **settings).train()
     calls = []
     model.model.layers[1].mlp.register_forward_hook(
         lambda *_: calls.append(torch.is_grad_enabled())
     )
     model(text(), labels=text()).loss.backward()
-    assert calls == [False] * 7 + [True] * 2
+    assert calls == passes
     for name, weight in model.named_parameters():
         if weight.grad is None:
-            # Layer 1 sees nothing within a window of 1, so it has nothing to choose.
-            assert "sliding_window" in settings and ".layers.1." in name
+            # Layer 1 may see nothing, and then it has nothing to choose.
+            blind = "sliding_window" in settings or len(passes) == 1
+            assert blind and ".layers." in name
         else:
             assert weight.grad.isfinite().all(), name
+
+
+def test_passes_are_at_most_tokens():
+    model, prompt = lckv("0_2_2"), text(4)
+    calls = attention_outputs(model, lambda: model(prompt))
+    assert [layer for layer, _ in calls] == [0, *[1, 2] * 4]
+    wanted = model.sequential(prompt)
+    close(logits(model, prompt), wanted)
+    assert (logits(model, prompt, passes=2) - wanted).abs().max() > 1e-3
 
 
 def test_ordinary_string_is_a_llama():

@@ -25,7 +25,7 @@ from ..ops.retention import gate_decay, retention_chunkwise, retention_recurrent
 from .configs import YocoConfig
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Queries, keys and values ``[tokens, heads, size]``, log decays ``[tokens, heads]``."""
+"""Queries, keys, values ``[tokens, heads, size]``; log decays ``[tokens, heads]``."""
 
 
 class YocoRotaryEmbedding(RotaryEmbedding):

@@ -171,14 +171,14 @@ class SharedLlamaForCausalLM(LlamaForCausalLM):
         if passes is not None and passes < 1:
             raise ValueError(f"passes={passes} must be at least 1")
         config = self.config
-        most = min(getattr(config, "passes", 1), tokens) if passes is None else passes
+        most = passes or max(1, min(getattr(config, "passes", 1), tokens))
         if not self.training:
             return most, 0
         if hasattr(config, "num_trained_encoders"):
             trained = config.num_trained_encoders + 1
         else:
             trained = getattr(config, "backward_passes", 1)
-        return most, max(0, most - trained)
+        return most, max(0, most - max(1, trained))
 
     def forward(
         self,
