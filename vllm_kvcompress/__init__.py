@@ -38,15 +38,21 @@ def stats(llm: "LLM") -> dict[str, Any]:
     """What compression has done since ``llm`` was made.
 
     Returns:
-        The fields of `vllm_kvcompress.plan.Counters`.
+        The fields of `vllm_kvcompress.plan.Counters`; without compression, of a model
+        whose layers share KV, how many ``layers`` it has and how many ``kv_layers`` of
+        them store keys and values of all tokens.
 
     Raises:
         ConfigError: This ``LLM`` was made without compression.
     """
     from .config import ConfigError
     from .engine.args import config_of
+    from .engine.shared_models import kv_layers
 
-    if config_of(llm.llm_engine.vllm_config) is None:
+    vllm_config = llm.llm_engine.vllm_config
+    if config_of(vllm_config) is None:
+        if found := kv_layers(vllm_config):
+            return dict(zip(("layers", "kv_layers"), found, strict=True))
         raise ConfigError(
             "this LLM has no KV cache compression; make it with "
             'LLM(..., kv_compression="snapkv")'

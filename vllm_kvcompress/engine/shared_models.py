@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from ..config import KEY, ConfigError
-from ..models import METHODS
+from ..models import ARCHITECTURES, METHODS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,12 +84,19 @@ def prepare(vllm_config: "VllmConfig", wants_prefix_caching: bool) -> None:
         from .requests import install
 
         install()
-    layers, stored = kv_layers(config)
+    layers, stored = kv_layers(vllm_config) or (0, 0)
     logger.info("%s stores KV in %d of %d layers", name, stored, layers)
 
 
-def kv_layers(config: Any) -> tuple[int, int]:
-    """Layers of one of our models, and how many of them store KV for all tokens."""
+def kv_layers(vllm_config: "VllmConfig") -> tuple[int, int] | None:
+    """Layers of one of our models, and how many of them store KV of all tokens.
+
+    Returns:
+        None for any other model.
+    """
+    if vllm_config.model_config.architecture not in ARCHITECTURES:
+        return None
+    config: Any = vllm_config.model_config.hf_config
     if hasattr(config, "layer_map"):
         return config.num_hidden_layers, len(config.layer_map.writers)
     return config.num_hidden_layers, 1

@@ -8,13 +8,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bench_model import BenchModel, bench_model
+from ..models import METHODS as SHARING
+from .bench_model import BenchModel, bench_model, sharing_model
 from .comparison import Comparison, comparison
 from .errors import ToolError
-from .shapes import SHAPES, Traffic, kv_space_bytes, limit
+from .shapes import (
+    EVICTION_SHAPES,
+    SHAPES,
+    SHARING_SHAPES,
+    Traffic,
+    kv_space_bytes,
+    limit,
+)
 from .trace import Measures, medians
 
 DEFAULT_BUDGET = 1024
+DEFAULT_TARGETS = {"cla": "cla2", "lckv": "lckv-w2", "yoco": "yoco"}
 BUSY_LOAD = 0.5  # of other programs; the benchmark itself has not begun
 
 
@@ -36,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a long prompt (default %(default)s)",
     )
     add("--budget", type=positive, help=f"tokens kept (default {DEFAULT_BUDGET})")
+    add(
+        "--to",
+        help="with --method cla, lckv or yoco: what the model is converted to, as in "
+        "kvcompress convert (default: cla2, lckv-w2, yoco)",
+    )
     add("--config", default="{}", help="more settings of the method, as JSON")
     add(
         "--engine",
@@ -45,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shapes",
-        default=",".join(SHAPES),
-        help="which shapes (default %(default)s)",
+        help=f"which of {', '.join(SHAPES)} (default: {', '.join(EVICTION_SHAPES)}; "
+        f"of models that share KV {', '.join(SHARING_SHAPES)})",
     )
     add("--requests", type=positive, help="requests (default: each shape's own)")
     add("--max-tokens", type=positive, help="output tokens (default: the shape's)")
@@ -152,12 +166,12 @@ class _Bench:
     """The runs of one call, and what they ran with."""
 
     args: argparse.Namespace
-    method: Mapping[str, Any]
+    compressed: dict[str, Any]
     model: BenchModel
     kept: int
     add_task: Callable[[str], Callable[[float], None]]
     parameters: dict[str, Any] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run_shape(self, name: str) -> Comparison:
         """Measure all arms of one shape, in turn, as often as asked."""
@@ -167,7 +181,7 @@ class _Bench:
         arms = {"stock": traffic, "compressed": traffic}
         if args.fp8:
             arms["fp8"] = traffic
-        if name == "long_decode":
+        if name == "long_decode" and args.method not in SHARING:
             arms["limit"] = limit(*sizes)
         space = kv_space_bytes(traffic, self.model.token_bytes)
         if args.kv_space:
@@ -180,7 +194,7 @@ class _Bench:
         return comparison({arm: medians(each) for arm, each in runs.items()})
 
     def _run_arm(self, shape: str, arm: str, traffic: Traffic, space: int) -> Measures:
-        from .arms import Job, compressed_arm, run_arm
+        from .arms import Job, run_arm
 
         model = self.model
         job = Job(
@@ -201,33 +215,64 @@ class _Bench:
             label,
             job,
             {
-                "compressed": compressed_arm(self.method),
+                "compressed": self.compressed,
                 "fp8": {"kv_cache_dtype": "fp8"},
             }.get(arm, {}),
             report=self.add_task(label),
             verbose=self.args.verbose,
         )
-        self.engine = result.engine
+        self.engine[arm] = result.engine
         return result.measures
+
+
+def _eviction_settings(args: argparse.Namespace) -> dict[str, Any]:
+    if args.to:
+        raise ToolError(f"--to means nothing with --method {args.method}")
+    return method_settings(args.method, args.budget, args.config)
+
+
+def _sharing_settings(args: argparse.Namespace) -> dict[str, Any]:
+    if args.budget or args.config != "{}":
+        raise ToolError(
+            f"--method {args.method} is how a model is built and has no settings; "
+            "drop --budget and --config"
+        )
+    return {"method": args.method}
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    method = method_settings(args.method, args.budget, args.config)
-    names = shape_names(args.shapes)
+    sharing = args.method in SHARING
+    shapes = SHARING_SHAPES if sharing else EVICTION_SHAPES
+    names = shape_names(args.shapes or ",".join(shapes))
+    method = _sharing_settings(args) if sharing else _eviction_settings(args)
+    from .arms import compressed_arm
     from .environment import environment
     from .report import progress_bars, show, task_adder
 
     model = bench_model(args.model)
-    kept = kept_tokens(method, args.prompt_len, model.about["layers"])
+    compressed = compressed_arm(method)
+    if sharing:
+        to = args.to or DEFAULT_TARGETS[args.method]
+        compressed["model"] = sharing_model(model, to, args.method)
+        model.about["converted_to"] = to
+        kept = args.prompt_len
+    else:
+        kept = kept_tokens(method, args.prompt_len, model.about["layers"])
     machine = environment()
     if machine["load_before"] > BUSY_LOAD:
         note = f"note: the machine is busy, load {machine['load_before']}; "
         print(note + "its timings will mean little", file=sys.stderr)
     with progress_bars() as bars:
-        bench = _Bench(args, method, model, kept, task_adder(bars))
-        shapes = {name: bench.run_shape(name) for name in names}
-    show(shapes)
+        bench = _Bench(args, compressed, model, kept, task_adder(bars))
+        measured = {name: bench.run_shape(name) for name in names}
+    show(measured)
+    if sharing:
+        per_token = {arm: own["token_bytes"] for arm, own in bench.engine.items()}
+        model.about["kv_bytes_per_token"] = per_token
+        print(
+            "KV bytes per token:", ", ".join(f"{a} {n}" for a, n in per_token.items())
+        )
     if args.json:
         document = {
             "method": args.method,
@@ -238,8 +283,8 @@ def run(args: argparse.Namespace) -> int:
                 "repeats": args.repeats,
                 "shapes": bench.parameters,
             },
-            "environment": {**machine, **bench.engine},
-            "shapes": shapes,
+            "environment": {**machine, **bench.engine["stock"]},
+            "shapes": measured,
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(document, indent=2) + "\n")

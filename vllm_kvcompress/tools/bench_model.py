@@ -31,6 +31,16 @@ OWN_SHAPES = {
         "head_dim": 128,
         "max_position_embeddings": 131072,
     },
+    "tall": {
+        "vocab_size": 1024,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+    },
     "deep": {
         "vocab_size": 1024,
         "hidden_size": 1024,
@@ -100,6 +110,25 @@ def bench_model(location: str) -> BenchModel:
             "head_dim": head_dim,
         },
     )
+
+
+def sharing_model(model: BenchModel, to: str, method: str) -> str:
+    """The same model, converted to share KV across layers; only the shapes matter.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ToolError: It cannot be converted, or the target is not what the method says.
+    """
+    from .convert import convert
+
+    if not to.startswith(method):
+        raise ToolError(f"--to {to} is no {method}")
+    folder = OWN_FOLDER / f"{Path(model.location).name}-{to}"
+    if not (folder / "config.json").exists():
+        convert(Path(model.location), folder, to)
+    return str(folder)
 
 
 def _make(folder: Path, shape: dict[str, int]) -> None:

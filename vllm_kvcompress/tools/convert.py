@@ -7,13 +7,14 @@ The result is where training starts: layers get the mean of what they shared out
 import argparse
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .bench import positive
 from .errors import ToolError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 COPIED = (
@@ -88,7 +89,30 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ToolError: The source cannot be converted, or the target is in use.
     """
-    source, folder = args.source, args.target
+    options = {
+        key: getattr(args, key)
+        for key in ("cla_map", "layer_types", "window", "retention", "passes")
+    }
+    config = convert(args.source, args.target, args.to, **options)
+    print(
+        f"{args.target}: {config.architectures[0]} with {config.num_hidden_layers} "
+        "layers. Train it further before use."
+    )
+    return 0
+
+
+def convert(source: Path, folder: Path, to: str, **options: Any) -> "PreTrainedConfig":
+    """Write the model in ``source``, converted, to ``folder``.
+
+    Args:
+        source: Folder of a Llama.
+        folder: To be made, or empty.
+        to: What it becomes, and
+        options: how, as `models.convert.Target` has them.
+
+    Raises:
+        ToolError: The source cannot be converted, or the target is in use.
+    """
     if not (source / "config.json").is_file():
         raise ToolError(f"{source} is no folder of a model: it has no config.json")
     _check_target(folder)
@@ -99,17 +123,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..models.convert import Target, model_class, new_config, new_weights
 
-    target = Target(
-        name=args.to,
-        cla_map=args.cla_map,
-        layer_types=args.layer_types,
-        window=args.window,
-        retention=args.retention,
-        passes=args.passes,
-    )
     try:
         old = AutoConfig.from_pretrained(source)
-        config = new_config(old, target)
+        config = new_config(old, Target(name=to, **options))
         weights = new_weights(load_weights(source), config)
     except (OSError, ValueError, StrictDataclassError) as error:
         sentence = " ".join(str(error).split())
@@ -122,8 +138,4 @@ def run(args: argparse.Namespace) -> int:
     for pattern in COPIED:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
-    print(
-        f"{folder}: {config.architectures[0]} with {config.num_hidden_layers} layers. "
-        "Train it further before use."
-    )
-    return 0
+    return config

@@ -23,6 +23,7 @@ from .trace import Step, measure
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 PROGRESS = "@progress"
@@ -170,7 +171,9 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
             measure(steps, block_bytes=block_bytes, preemptions=preemptions)
         )
     after = vllm_kvcompress.stats(llm) if settings else None
-    if before and after:
+    if after and "kv_layers" in after and after["kv_layers"] == after["layers"]:
+        raise RuntimeError("every layer stores KV, so there is nothing to measure")
+    if before and after and "compressions" in after:
         done = after["compressions"] - before["compressions"]
         config = KVCompressionConfig.from_dict(settings)
         layers = llm.llm_engine.model_config.hf_text_config.num_hidden_layers
@@ -183,8 +186,23 @@ def execute(job: Mapping[str, Any]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "block_size": block_size,
             "block_bytes": block_bytes,
+            "token_bytes": token_bytes(cache),
         },
     }
+
+
+def token_bytes(cache: "KVCacheConfig") -> int:
+    """KV bytes that a request's every token takes, beyond windows and states."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = [
+        (group.kv_cache_spec, group.layer_names) for group in cache.kv_cache_groups
+    ]
+    return sum(
+        len(names) * spec.page_size_bytes // spec.block_size
+        for spec, names in groups
+        if isinstance(spec, FullAttentionSpec)
+    )
 
 
 class _Reporter:

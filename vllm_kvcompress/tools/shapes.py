@@ -92,12 +92,31 @@ def shared_prefix(
     return Traffic(n, prompt_len, t, kv_tokens=space, shared=prompt_len - tail)
 
 
+def decode_heavy(
+    prompt_len: int, kept: int, requests: int | None, max_tokens: int | None
+) -> Traffic:
+    """Hardly a prompt, long answers, space for few: LCKV's own setting."""
+    n, t = requests or 48, max_tokens or 2043
+    return Traffic(n, 5, t, kv_tokens=4 * (5 + t))
+
+
+def prefill(
+    prompt_len: int, kept: int, requests: int | None, max_tokens: int | None
+) -> Traffic:
+    """One long prompt and its first token."""
+    return Traffic(requests or 1, prompt_len, 1, kv_tokens=2 * prompt_len, passes=3)
+
+
 SHAPES = {
     "long_decode": long_decode,
     "tight": tight,
     "ample": ample,
     "shared_prefix": shared_prefix,
+    "decode_heavy": decode_heavy,
+    "prefill": prefill,
 }
+EVICTION_SHAPES = ("long_decode", "tight", "ample", "shared_prefix")
+SHARING_SHAPES = ("long_decode", "tight", "decode_heavy", "prefill")
 
 
 def kv_space_bytes(traffic: Traffic, token_bytes: int) -> int:
