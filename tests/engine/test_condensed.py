@@ -1,0 +1,91 @@
+"""Layer-condensed KV reads a prompt in so many passes, and decodes in one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import chunks, engine, generate, prompt
+from tests.engine.shared_models import Made, make
+from tests.engine.test_shared_models import TOLERANCE, all_logits, check_all
+
+pytestmark = pytest.mark.vllm
+PASSES = 5
+"""Of each model here, over the layers that read a later one."""
+NAMES = ["lckv", "lckv_no_warmup", "opt"]
+Served = tuple[Made, Any]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """Each model with an engine that is at its default."""
+    more = {"num_encoders": PASSES - 1} if request.param == "opt" else {}
+    made = make(request.param, tmp_path_factory.mktemp(request.param), **more)
+    assert made.reference.config.passes == PASSES
+    with engine(made.path) as llm:
+        yield made, llm
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Listens to our own runner: the first layer of a span, and the tokens it ran."""
+    from vllm_kvcompress.models.layer_span import SpanRunner
+
+    seen: list[tuple[int, int]] = []
+    forward = SpanRunner.forward
+
+    def listening(self: Any, span: Any, positions: torch.Tensor, *rest: Any) -> Any:
+        masked = any(layer.self_attn.masked for layer in span.layers)
+        seen.append((masked, len(positions)))
+        return forward(self, span, positions, *rest)
+
+    monkeypatch.setattr(SpanRunner, "forward", listening)
+    return seen
+
+
+def test_a_lone_prompt_is_as_in_so_many_passes(served: Served) -> None:
+    """Up to the first answer; later ones read what these passes left."""
+    made, llm = served
+    tokens = prompt(100, seed=100)
+    (found,) = all_logits(llm, [tokens], 1)
+    with torch.no_grad():
+        wanted = made.reference(torch.tensor([tokens]), passes=PASSES).logits[0]
+    assert float((wanted.log_softmax(-1) - found[1]).abs().max()) < TOLERANCE
+    assert made.error(found[0], found[1]) > 1e-2
+
+
+def test_short_chunks_are_exact(served: Served) -> None:
+    made, llm = served
+    with chunks(llm, PASSES):
+        check_all(made, llm, [23, 1, 3, 40])
+
+
+def test_passes(served: Served, runs: list[tuple[int, int]]) -> None:
+    """As many as the longest chunk has tokens, or the model allows; answers take one."""
+    _, llm = served
+    llm.reset_prefix_cache()
+    generate(llm, [prompt(100, seed=1)], 4)
+    assert [tokens for masked, tokens in runs if masked] == [100] * PASSES + [1] * 3
+    assert all(tokens in (100, 1) for _, tokens in runs)
+    once = [tokens for masked, tokens in runs if not masked]
+    assert len(once) % 4 == 0
+    assert once.count(100) * 3 == once.count(1)
+    del runs[:]
+    generate(llm, [prompt(3, seed=2), prompt(2, seed=3)], 3)
+    assert [tokens for masked, tokens in runs if masked] == [5] * 3 + [2] * 2
+
+
+def test_exact_reading_stops_when_nothing_changes(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[int, int]]
+) -> None:
+    made = make("lckv", tmp_path_factory.mktemp("exact"))
+    with engine(made.path, hf_overrides=made.exact) as llm:
+        del runs[:]
+        generate(llm, [prompt(300)], 3)
+        took = [tokens for masked, tokens in runs if masked]
+    assert took[-2:] == [1, 1]
+    assert set(took[:-2]) == {300}
+    assert PASSES < len(took) - 2 < 300
