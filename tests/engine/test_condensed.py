@@ -64,7 +64,7 @@ def test_short_chunks_are_exact(served: Served) -> None:
 
 
 def test_passes(served: Served, runs: list[tuple[int, int]]) -> None:
-    """As many as the longest chunk has tokens, or the model allows; answers take one."""
+    """As many as the longest chunk has tokens, or the model allows; answers: one."""
     _, llm = served
     llm.reset_prefix_cache()
     generate(llm, [prompt(100, seed=1)], 4)

@@ -13,7 +13,7 @@ from tests.engine.conftest import (
     save_llama,
     scheduler,
 )
-from tests.engine.shared_models import RECIPES, make
+from tests.engine.shared_models import make
 
 pytestmark = pytest.mark.vllm
 BLOCKS = 400

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Answer, chunks, engine, generate, prompt
+from tests.engine.conftest import Answer, blocks_held, chunks, engine, generate, prompt
 from tests.engine.shared_models import Made, make
 from tests.engine.test_shared_models import check_answers, starved, steps
 
@@ -71,18 +71,30 @@ def test_one_token_of_a_chunk_goes_on(served: Any) -> None:
     assert layers.lower == [sum(step.values()) for step in run]
     assert layers.upper == [len(step) for step in run]
     # The first request answers while the second is read.
-    assert [sorted(step.values()) for step in run][:3] == [[3, 61], [1, 63], [1, 26]]
+    both = [step for step in run if len(step) == 2]
+    assert any(min(step.values()) == 1 < max(step.values()) for step in both)
 
 
-def test_exits_after_prefix_hits_and_preemptions(served: Any) -> None:
+def test_exits_after_prefix_hits(served: Any) -> None:
     made, llm, layers, _ = served
     start = prompt(257, seed=8)
     generate(llm, [start], 2)
     layers.clear()
-    prompts = [start, [*start[:200], *prompt(90, seed=9)]]
-    answers = generate(llm, prompts, 3)
-    assert answers[0].cached == 256
-    assert answers[1].cached > 0
-    assert layers.lower[0] == 257 + 290 - sum(answer.cached for answer in answers)
-    assert layers.upper == [2, 2, 2]
+    prompts = [start, [*start, *prompt(90, seed=9)]]
+    with steps(llm) as seen:
+        answers = generate(llm, prompts, 3)
+    assert [answer.cached for answer in answers] == [256, 256]
+    run = [step for step in seen if step]
+    assert sum(layers.lower) == 1 + 91 + 2 * 2
+    assert layers.upper == [len(step) for step in run]
+    check_answers(made, prompts, answers)
+
+
+def test_exits_after_preemptions(served: Any) -> None:
+    made, llm, _, _ = served
+    prompts = [prompt(n, seed=n) for n in (100, 103, 97, 101)]
+    held = blocks_held(llm, prompt(100))
+    with starved(llm, 2 * held + 1) as seen:
+        answers = generate(llm, prompts, 70)
+    assert seen
     check_answers(made, prompts, answers)
