@@ -1,6 +1,7 @@
 """Layer-condensed KV reads a prompt in so many passes, and decodes in one."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,15 +32,14 @@ def served(
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Listens to our own runner: the first layer of a span, and the tokens it ran."""
+    """Listens to our own runner: layers and tokens of every pass over a span."""
     from vllm_kvcompress.models.layer_span import SpanRunner
 
     seen: list[tuple[int, int]] = []
     forward = SpanRunner.forward
 
     def listening(self: Any, span: Any, positions: torch.Tensor, *rest: Any) -> Any:
-        masked = any(layer.self_attn.masked for layer in span.layers)
-        seen.append((masked, len(positions)))
+        seen.append((len(span.layers), len(positions)))
         return forward(self, span, positions, *rest)
 
     monkeypatch.setattr(SpanRunner, "forward", listening)
@@ -64,28 +64,33 @@ def test_short_chunks_are_exact(served: Served) -> None:
 
 
 def test_passes(served: Served, runs: list[tuple[int, int]]) -> None:
-    """As many as the longest chunk has tokens, or the model allows; answers: one."""
-    _, llm = served
+    """As the longest chunk has tokens, five at most; one for answers."""
+    made, llm = served
+    spans = made.reference.config.layer_map.spans
+    sizes = {span.end - span.first: span.repeats for span in spans}
+    (most,) = [size for size, repeats in sizes.items() if repeats]
     llm.reset_prefix_cache()
     generate(llm, [prompt(100, seed=1)], 4)
-    assert [tokens for masked, tokens in runs if masked] == [100] * PASSES + [1] * 3
-    assert all(tokens in (100, 1) for _, tokens in runs)
-    once = [tokens for masked, tokens in runs if not masked]
-    assert len(once) % 4 == 0
-    assert once.count(100) * 3 == once.count(1)
+    assert [n for size, n in runs if size == most] == [100] * PASSES + [1] * 3
+    once = len(spans) - 1
+    assert [n for size, n in runs if size != most] == [100] * once + [1] * 3 * once
     del runs[:]
     generate(llm, [prompt(3, seed=2), prompt(2, seed=3)], 3)
-    assert [tokens for masked, tokens in runs if masked] == [5] * 3 + [2] * 2
+    assert [n for size, n in runs if size == most] == [5] * 3 + [2] * 2
 
 
 def test_exact_reading_stops_when_nothing_changes(
-    tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[int, int]]
+    tmp_path: Path, runs: list[tuple[int, int]]
 ) -> None:
-    made = make("lckv", tmp_path_factory.mktemp("exact"))
+    """Here because what condensed layers read weighs nothing."""
+    made = make("lckv", tmp_path)
+    with torch.no_grad():
+        for layer in made.reference.model.layers[1:5]:
+            layer.self_attn.o_proj.weight.zero_()
+    made.reference.save_pretrained(tmp_path)
     with engine(made.path, hf_overrides=made.exact) as llm:
         del runs[:]
-        generate(llm, [prompt(300)], 3)
-        took = [tokens for masked, tokens in runs if masked]
-    assert took[-2:] == [1, 1]
-    assert set(took[:-2]) == {300}
-    assert PASSES < len(took) - 2 < 300
+        ((tokens, found),) = all_logits(llm, [prompt(300)], 3)
+    took = [n for size, n in runs if size == 4]
+    assert took == [300, 300, 1, 1]
+    assert made.error(tokens, found) < TOLERANCE

@@ -1,4 +1,8 @@
-"""Models that share KV across two workers, and the splits that they refuse."""
+"""Models that share KV across two workers, splits that they refuse, and drafts.
+
+Each engine has a process to itself: of workers, or since vLLM's n-gram drafts leave
+one in which no other engine starts.
+"""
 
 import json
 import os
@@ -11,11 +15,19 @@ import pytest
 import torch
 
 from tests.engine.conftest import prompt
-from tests.engine.shared_models import make
+from tests.engine.shared_models import Made, make
 from tests.engine.test_shared_models import TOLERANCE
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [3, 100, 231]
+SHORT = [1, 3, 5]
+COUNT = 60
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
 SCRIPT = """
 import json, sys
 
@@ -29,11 +41,12 @@ def main(model, settings, prompts):
         max_model_len=512,
         enforce_eager=True,
         block_size=32,
+        disable_log_stats=False,
         num_gpu_blocks_override=200,
         **json.loads(settings),
     )
     params = SamplingParams(
-        max_tokens=24, temperature=0.0, detokenize=False, ignore_eos=True, logprobs=0
+        max_tokens=60, temperature=0.0, detokenize=False, ignore_eos=True, logprobs=0
     )
     given = [{"prompt_token_ids": tokens} for tokens in json.loads(prompts)]
     outputs = llm.generate(given, params, use_tqdm=False)
@@ -45,6 +58,10 @@ def main(model, settings, prompts):
         ]
         for answer in answers
     ]))
+    if llm.llm_engine.vllm_config.speculative_config:
+        counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        names = ("accepted_tokens", "draft_tokens")
+        print("#" + json.dumps([counted[f"vllm:spec_decode_num_{n}"] for n in names]))
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
@@ -73,29 +90,41 @@ def run(
     )
 
 
+def check(made: Made, lengths: list[int], done: Any) -> None:
+    """Compare the answers with the definition's."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [ln for ln in done.stdout.splitlines() if ln.startswith("@")]
+    for length, (tokens, found) in zip(lengths, json.loads(line[1:]), strict=True):
+        assert len(tokens) == COUNT
+        wanted = made.logprobs([*prompt(length, seed=length), *tokens[:-1]])
+        wanted = wanted[length - 1 :]
+        assert wanted.argmax(1).tolist() == tokens
+        chosen = wanted.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert float((chosen - torch.tensor(found)).abs().max()) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cla2", "cla_norms", "lckv", "yoco", "yoco_retention"]
 )
 def test_two_workers_answer_as_the_definition(name: str, tmp_path: Path) -> None:
     made = make(name, tmp_path / "model")
-    done = run(
-        tmp_path,
-        made.path,
-        LENGTHS,
-        tensor_parallel_size=2,
-        # Early exits stay on.
-        hf_overrides={k: v for k, v in made.exact.items() if k == "use_sequential"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = [ln for ln in done.stdout.splitlines() if ln.startswith("@")]
-    for length, (tokens, found) in zip(LENGTHS, json.loads(line[1:]), strict=True):
-        assert len(tokens) == 24
-        wanted = made.logprobs([*prompt(length, seed=length), *tokens[:-1]])
-        wanted = wanted[length - 1 :]
-        assert wanted.argmax(1).tolist() == tokens
-        chosen = wanted.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert float((chosen - torch.tensor(found)).abs().max()) < TOLERANCE
+    exact = {k: v for k, v in made.exact.items() if k == "use_sequential"}
+    settings = {"tensor_parallel_size": 2, "hf_overrides": exact}
+    done = run(tmp_path, made.path, LENGTHS, **settings)
+    check(made, LENGTHS, done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cla2", "lckv", "yoco"])
+def test_drafts_change_no_answer(name: str, tmp_path: Path) -> None:
+    """Chunks of drafts are short enough for condensed layers to be exact."""
+    made = make(name, tmp_path / "model")
+    done = run(tmp_path, made.path, SHORT, speculative_config=DRAFTS)
+    check(made, SHORT, done)
+    (line,) = [ln for ln in done.stdout.splitlines() if ln.startswith("#")]
+    accepted, drafted = json.loads(line[1:])
+    assert 0 < accepted < drafted
 
 
 @pytest.mark.slow
@@ -110,6 +139,11 @@ def test_two_workers_answer_as_the_definition(name: str, tmp_path: Path) -> None
             "VLLM_PP_LAYER_PARTITION",
         ),
         (
+            "yoco_retention",
+            {"speculative_config": DRAFTS},
+            "speculative decoding",
+        ),
+        (
             "yoco",
             {"tensor_parallel_size": 4},
             "--tensor-parallel-size 4 does not divide the 2 KV heads of this YOCO "
@@ -119,7 +153,7 @@ def test_two_workers_answer_as_the_definition(name: str, tmp_path: Path) -> None
     ],
 )
 def test_refused_splits(
-    name: str, settings: dict[str, int], said: str, tmp_path: Path
+    name: str, settings: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     made = make(name, tmp_path / "model")
     done = run(tmp_path, made.path, [3], **settings)
@@ -133,4 +167,4 @@ def test_stages_between_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "4,1")
     made = make("cla2", tmp_path / "model")
     done = run(tmp_path, made.path, LENGTHS, pipeline_parallel_size=2)
-    assert done.returncode == 0, done.stderr[-4000:]
+    check(made, LENGTHS, done)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from tests.engine.conftest import engine
 from tests.engine.shared_models import make
@@ -34,5 +35,6 @@ def test_senseless_configurations(
     config = json.loads(written.read_text())
     assert set(changes) <= set(config)
     written.write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ValueError, match=said), engine(made.path):
+    errors = (ValueError, StrictDataclassClassValidationError)
+    with pytest.raises(errors, match=said), engine(made.path):
         pass
