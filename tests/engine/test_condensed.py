@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import chunks, engine, generate, prompt
+from tests.engine.shared_checks import TOLERANCE, all_logits, check_all
 from tests.engine.shared_models import Made, make
-from tests.engine.test_shared_models import TOLERANCE, all_logits, check_all
 
 pytestmark = pytest.mark.vllm
 PASSES = 5
@@ -46,6 +46,24 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+# First, before an engine of `served` runs.
+def test_exact_reading_stops_when_nothing_changes(
+    tmp_path: Path, runs: list[tuple[int, int]]
+) -> None:
+    """Here because what condensed layers read weighs nothing."""
+    made = make("lckv", tmp_path)
+    with torch.no_grad():
+        for layer in made.reference.model.layers[1:5]:
+            layer.self_attn.o_proj.weight.zero_()
+    made.reference.save_pretrained(tmp_path)
+    with engine(made.path, hf_overrides=made.exact) as llm:
+        del runs[:]
+        ((tokens, found),) = all_logits(llm, [prompt(300)], 3)
+    took = [n for size, n in runs if size == 4]
+    assert took == [300, 300, 1, 1]
+    assert made.error(tokens, found) < TOLERANCE
+
+
 def test_a_lone_prompt_is_as_in_so_many_passes(served: Served) -> None:
     """Up to the first answer; later ones read what these passes left."""
     made, llm = served
@@ -77,20 +95,3 @@ def test_passes(served: Served, runs: list[tuple[int, int]]) -> None:
     del runs[:]
     generate(llm, [prompt(3, seed=2), prompt(2, seed=3)], 3)
     assert [n for size, n in runs if size == most] == [5] * 3 + [2] * 2
-
-
-def test_exact_reading_stops_when_nothing_changes(
-    tmp_path: Path, runs: list[tuple[int, int]]
-) -> None:
-    """Here because what condensed layers read weighs nothing."""
-    made = make("lckv", tmp_path)
-    with torch.no_grad():
-        for layer in made.reference.model.layers[1:5]:
-            layer.self_attn.o_proj.weight.zero_()
-    made.reference.save_pretrained(tmp_path)
-    with engine(made.path, hf_overrides=made.exact) as llm:
-        del runs[:]
-        ((tokens, found),) = all_logits(llm, [prompt(300)], 3)
-    took = [n for size, n in runs if size == 4]
-    assert took == [300, 300, 1, 1]
-    assert made.error(tokens, found) < TOLERANCE

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import prompt
+from tests.engine.shared_checks import TOLERANCE
 from tests.engine.shared_models import Made, make
-from tests.engine.test_shared_models import TOLERANCE
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [3, 100, 231]

@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Answer, blocks_held, chunks, engine, generate, prompt
+from tests.engine.conftest import (
+    Answer,
+    attention,
+    blocks_held,
+    chunks,
+    engine,
+    generate,
+    prompt,
+    scheduler,
+)
+from tests.engine.shared_checks import check_answers, starved, steps
 from tests.engine.shared_models import Made, make
-from tests.engine.test_shared_models import check_answers, starved, steps
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [1, 2, 3, 17, 64, 100, 300]
-Served = tuple[Made, Any]
 
 
 class Layers:
@@ -35,10 +43,13 @@ class Layers:
         del self.lower[:], self.upper[:]
 
 
+Served = tuple[Made, Any, Layers, list[Answer]]
+
+
 @pytest.fixture(scope="module", params=["yoco", "yoco_retention"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Made, Any, Layers, list[Answer]]]:
+) -> Iterator[Served]:
     """Each kind with an engine at its default, and what one without exits answers."""
     made = make(request.param, tmp_path_factory.mktemp(request.param))
     with engine(made.path, hf_overrides=made.exact) as llm:
@@ -50,7 +61,7 @@ def served(
 
 
 @pytest.mark.parametrize("step", [2048, 64, 7])
-def test_answers_are_the_same(served: Any, step: int) -> None:
+def test_answers_are_the_same(served: Served, step: int) -> None:
     made, llm, _, whole = served
     llm.reset_prefix_cache()
     prompts = [prompt(n, seed=n) for n in LENGTHS]
@@ -61,7 +72,7 @@ def test_answers_are_the_same(served: Any, step: int) -> None:
     check_answers(made, prompts, answers)
 
 
-def test_one_token_of_a_chunk_goes_on(served: Any) -> None:
+def test_one_token_of_a_chunk_goes_on(served: Served) -> None:
     _, llm, layers, _ = served
     llm.reset_prefix_cache()
     layers.clear()
@@ -75,7 +86,7 @@ def test_one_token_of_a_chunk_goes_on(served: Any) -> None:
     assert any(min(step.values()) == 1 < max(step.values()) for step in both)
 
 
-def test_exits_after_prefix_hits(served: Any) -> None:
+def test_exits_after_prefix_hits(served: Served) -> None:
     made, llm, layers, _ = served
     start = prompt(257, seed=8)
     generate(llm, [start], 2)
@@ -90,7 +101,7 @@ def test_exits_after_prefix_hits(served: Any) -> None:
     check_answers(made, prompts, answers)
 
 
-def test_exits_after_preemptions(served: Any) -> None:
+def test_exits_after_preemptions(served: Served) -> None:
     made, llm, _, _ = served
     prompts = [prompt(n, seed=n) for n in (100, 103, 97, 101)]
     held = blocks_held(llm, prompt(100))
@@ -98,3 +109,45 @@ def test_exits_after_preemptions(served: Any) -> None:
         answers = generate(llm, prompts, 70)
     assert seen
     check_answers(made, prompts, answers)
+
+
+def counts(llm: Any, tokens: int) -> list[int]:
+    """Blocks of every group that a request holds one step after its prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False)
+    given = {"prompt_token_ids": prompt(tokens)}
+    name = llm.llm_engine.add_request("77", given, params)
+    requests = scheduler(llm).requests
+    while not (requests and requests[name].num_output_tokens > 1):
+        llm.llm_engine.step()
+    managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+    found = [
+        sum(not block.is_null for block in manager.req_to_blocks[name])
+        for manager in managers
+    ]
+    llm.llm_engine.abort_request([name], internal=True)
+    return found
+
+
+def test_caches_once(served: Served) -> None:
+    """One layer's pages grow with a request, whatever the depth of the model."""
+    made, llm, _, _ = served
+    half = made.reference.config.n_layers // 2
+    groups = scheduler(llm).kv_cache_config.kv_cache_groups
+    (full,) = [
+        index
+        for index, group in enumerate(groups)
+        if type(group.kv_cache_spec).__name__ == "FullAttentionSpec"
+    ]
+    readers = attention(llm)[-half:]
+    assert groups[full].layer_names == [readers[0].layer_name]
+    assert sum(len(group.layer_names) for group in groups) == half + 1
+    assert len({reader.kv_cache.data_ptr() for reader in readers}) == 1
+    size = groups[full].kv_cache_spec.block_size
+    taken = {n: counts(llm, n) for n in (100, 484, 996)}
+    for tokens, count in taken.items():
+        assert count[full] == -(-(tokens + 1) // size)
+    rest = [sum(count) - count[full] for count in taken.values()]
+    # A window's blocks, or a state's.
+    assert len(set(rest)) == 1
