@@ -17,7 +17,9 @@ TOLERANCE = 1e-4
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("backend", ["CPU_ATTN", "TRITON_ATTN"])
+@pytest.mark.parametrize(
+    "backend", ["CPU_ATTN", pytest.param("TRITON_ATTN", marks=pytest.mark.slow)]
+)
 def test_answers_are_the_definitions(backend: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(CASES), backend, NAMES, str(tmp_path)],
