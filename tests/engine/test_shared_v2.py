@@ -18,9 +18,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
-    "backend", ["CPU_ATTN", pytest.param("TRITON_ATTN", marks=pytest.mark.slow)]
+    ("backend", "kind"),
+    [
+        ("CPU_ATTN", "CPUAttentionBackend"),
+        pytest.param("TRITON_ATTN", "TritonAttentionBackend", marks=pytest.mark.slow),
+    ],
 )
-def test_answers_are_the_definitions(backend: str, tmp_path: Path) -> None:
+def test_answers_are_the_definitions(backend: str, kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(CASES), backend, NAMES, str(tmp_path)],
         cwd=tmp_path,
@@ -33,6 +37,6 @@ def test_answers_are_the_definitions(backend: str, tmp_path: Path) -> None:
     assert sorted(results) == sorted(NAMES.split(","))
     for name, case in results.items():
         assert RUNNER in case["runner"]
-        assert any(backend in used for used in case["backends"]), case["backends"]
+        assert any(kind in used for used in case["backends"]), case["backends"]
         for errors in (case["whole"], case["chunks"]):
             assert max(errors.values()) < TOLERANCE, (name, errors)
