@@ -284,7 +284,19 @@ class YocoForCausalLM(nn.Module, SupportsQuant):
 
 
 class YocoRetentionForCausalLM(YocoForCausalLM, HasInnerState, IsHybrid):
-    """YOCO with gated retention in its lower half."""
+    """YOCO with gated retention in its lower half.
+
+    Raises:
+        ValueError: Speculative decoding is on.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if vllm_config.num_speculative_tokens:
+            raise ValueError(
+                "YOCO with gated retention cannot take rejected drafts out of its "
+                "states; do without speculative decoding (--speculative-config)"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     @classmethod
     def get_mamba_state_dtype_from_config(
