@@ -16,12 +16,12 @@ class Evicted:
 
     Attributes:
         length: Of the prompt.
-        kept: Of each owner, ``[kv_heads, kept]``, token numbers.
+        kept: Of each owner and KV head, ``[kept]`` token numbers.
         block: Tokens of a block; the last, partly filled one stays as it is.
     """
 
     length: int
-    kept: list[Tensor]
+    kept: list[Any]
     block: int
 
     @property
@@ -29,18 +29,33 @@ class Evicted:
         """Tokens in whole blocks, of which some are gone."""
         return self.length // self.block * self.block
 
-    def of(self, owner: int, cache: Tensor) -> Tensor:
-        """What is left of ``cache [1, kv_heads, length, head_dim]``."""
-        kept = [head[own] for head, own in zip(cache[0], self.kept[owner], strict=True)]
-        return torch.cat([torch.stack(kept)[None], cache[:, :, self.end :]], dim=2)
+    def of(self, owner: int, heads: list[Tensor]) -> list[Tensor]:
+        """What is left of ``[length, head_dim]`` of each KV head."""
+        return [
+            torch.cat([head[own], head[self.end :]])
+            for head, own in zip(heads, self.kept[owner], strict=True)
+        ]
+
+
+def _read(attention: Any, query: Tensor, cache: tuple[list[Tensor], ...]) -> Tensor:
+    """Attention of one token, ``[1, query_heads, 1, head_dim]``, head by head."""
+    group = attention.num_key_value_groups
+    found = torch.zeros_like(query)
+    for head in range(query.shape[1]):
+        keys, values = (part[head // group] for part in cache)
+        if attention.window is not None:
+            raise NotImplementedError("sliding windows")
+        weights = (keys @ query[0, head, 0] * attention.scaling).softmax(0)
+        found[0, head, 0] = weights @ values
+    return attention._project(found)
 
 
 @torch.no_grad()
 def llama_logprobs(model: Any, tokens: list[int], evicted: Evicted | None) -> Tensor:
     """CLA and LCKV token by token, ``[tokens, vocab]``."""
     layer_map, config = model.config.layer_map, model.config
-    nothing = torch.empty(1, config.num_key_value_heads, 0, config.head_dim)
-    cache = {owner: (nothing, nothing) for owner in layer_map.writers}
+    none = [torch.empty(0, config.head_dim)] * config.num_key_value_heads
+    cache = {owner: (none, none) for owner in layer_map.writers}
     found = []
     for position, token in enumerate(tokens):
         if evicted and position == evicted.length:
@@ -55,13 +70,16 @@ def llama_logprobs(model: Any, tokens: list[int], evicted: Evicted | None) -> Te
             attention, owner = layer.self_attn, layer_map.owners[index]
             normed = layer.input_layernorm(hidden)
             if attention.writes:
-                pairs = zip(cache[index], attention.write(normed, rotary), strict=True)
-                keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+                keys, values = (
+                    [torch.cat(pair) for pair in zip(old, new[0], strict=True)]
+                    for old, new in zip(
+                        cache[index], attention.write(normed, rotary), strict=True
+                    )
+                )
                 cache[index] = keys, values
             seen = (past if attention.masked else cache)[owner]
-            hidden = model._after(
-                layer, hidden, attention.read_token(normed, rotary, seen)
-            )
+            query = attention._query(normed, rotary)
+            hidden = model._after(layer, hidden, _read(attention, query, seen))
         found.append(model.lm_head(model.model.norm(hidden))[0, 0])
     return torch.stack(found).log_softmax(-1)
 

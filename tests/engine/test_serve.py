@@ -1,25 +1,19 @@
 """`vllm serve --kv-compression snapkv`, as a client and an operator see it."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
 import vllm_kvcompress
+from tests.engine.served import serving, vllm
 
 pytest.importorskip("vllm")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 MODEL = Path(vllm_kvcompress.__file__).parent / "assets" / "needle"
-VLLM = str(Path(sys.executable).with_name("vllm"))
 BUDGET, BLOCK_SIZE, PROMPT_TOKENS = 256, 32, 1000
 PROMPT = [1, *(4 + i % 200 for i in range(PROMPT_TOKENS - 1))]
 FLAGS = [
@@ -31,56 +25,12 @@ FLAGS = [
 ]
 
 
-def environment():
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    env.pop("TRITON_INTERPRET", None)
-    return env
-
-
-def vllm(*args):
-    """Run the command to its end."""
-    command = [VLLM, *args]
-    return subprocess.run(
-        command, cwd="/", env=environment(), text=True, capture_output=True
-    )
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A client of one running server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [VLLM, "serve", str(MODEL), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command + FLAGS, cwd="/", env=environment(), stdout=output, stderr=output
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url, timeout=120) as client:
-            wait_until_healthy(client, process, log)
-            client.log = log
-            yield client
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait_until_healthy(client, process, log):
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            if client.get("/health").is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise TimeoutError(log.read_text())
+    with serving(MODEL, FLAGS, log) as client:
+        yield client
 
 
 def complete(client, **body):

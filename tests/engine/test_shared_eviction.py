@@ -26,6 +26,7 @@ from tests.engine.shared_oracle import (
     yoco_logprobs,
 )
 from vllm_kvcompress import stats
+from vllm_kvcompress.config import ConfigError
 from vllm_kvcompress.engine.spec import CompressedAttentionSpec
 from vllm_kvcompress.ops.select import select
 
@@ -56,7 +57,7 @@ def _evicted(llm: Any, record: Recording, length: int) -> Evicted | None:
     groups = scheduler(llm).kv_cache_config.kv_cache_groups
     specs = [group.kv_cache_spec for group in groups]
     (block,) = {s.block_size for s in specs if isinstance(s, CompressedAttentionSpec)}
-    return Evicted(length, [kept.clone() for kept in record.kept], block)
+    return Evicted(length, list(record.kept), block)
 
 
 def test_all_readers_see_the_kept_tokens(
@@ -87,6 +88,46 @@ def test_all_readers_see_the_kept_tokens(
     for answer, same in zip(alone, together, strict=True):
         assert answer.near(same)
     assert free_blocks(llm) == free
+
+
+METHODS = {
+    "tova": {"budget": 96},
+    "keydiff": {"budget": 96},
+    "pyramidkv": {"budget": 96, "window": 16, "layers_per_tier": 1},
+    "pyramidinfer": {"prune": False, "decay_ratio": 0.5, "min_context": 16},
+    "ada_snapkv": {"budget": 96, "window": 16, "layers_per_tier": 1},
+}
+
+
+@pytest.mark.parametrize("name", ["cla2", "lckv"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(
+    method: str, name: str, tmp_path: Path, recording: Recording
+) -> None:
+    made, length = make(name, tmp_path), 300
+    tokens = prompt(length)
+    config = {"kv_compression": {"method": method, **METHODS[method]}}
+    with engine(made.path, additional_config=config, hf_overrides=made.exact) as llm:
+        (answer,) = generate(llm, [tokens], 6)
+        evicted = _evicted(llm, recording, length)
+    assert evicted
+    owners = len(made.reference.config.layer_map.writers)
+    missing = owners - len(evicted.kept)  # PyramidInfer's lowest layer keeps all
+    assert missing == (method == "pyramidinfer")
+    everything = [torch.arange(evicted.end)] * 2
+    evicted.kept = [everything] * missing + evicted.kept
+    wanted = llama_logprobs(made.reference, tokens + answer.tokens, evicted)
+    assert (answer.logprobs - wanted[length - 1 : -1]).abs().max() < 1e-4
+    dense = made.logprobs(tokens + answer.tokens)[length - 1 : -1]
+    assert (answer.logprobs - dense).abs().max() > 1e-2
+
+
+def test_merging_is_refused(tmp_path: Path) -> None:
+    made = make("cla2", tmp_path)
+    config = {"kv_compression": {"method": "minicache"}}
+    refused = pytest.raises(ConfigError, match="choose another method")
+    with refused, engine(made.path, additional_config=config):
+        pass
 
 
 def test_all_readers_vote(served: tuple[Any, Made], recording: Recording) -> None:

@@ -148,27 +148,32 @@ def _part(
     return common.replace(**fields), tokens
 
 
-def decode_graphs_only(support: AttentionCGSupport) -> AttentionCGSupport:
-    """What is left of a builder's support of full CUDA graphs.
+def builder_to_extend(backend: type[AttentionBackend]) -> Any:
+    """The backend's metadata builder, as a base of one that changes what it is given.
 
-    They would freeze what differs from one prompt to the next.
+    Full CUDA graphs are left for decodes alone: they would freeze what differs from one
+    prompt to the next.
     """
-    least = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    return min(support, least, key=lambda each: each.value)
+    base: Any = backend.get_builder_cls()
+
+    class Builder(base):
+        supports_update_block_table = False
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+            support = super().get_cudagraph_support(*args)
+            least = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+            return min(support, least, key=lambda each: each.value)
+
+    return Builder
 
 
 @functools.cache
 def _last_only(base: type[AttentionBackend], count: int) -> type[AttentionBackend]:
     """``base`` with metadata of the last ``count`` tokens of each request."""
-    builder_base: Any = base.get_builder_cls()
+    builder_base: Any = builder_to_extend(base)
 
     class LastBuilder(builder_base):
-        supports_update_block_table = False
-
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
-            return decode_graphs_only(super().get_cudagraph_support(*args))
-
         def build(
             self,
             common_prefix_len: int,
@@ -195,16 +200,11 @@ def _last_only(base: type[AttentionBackend], count: int) -> type[AttentionBacken
 @functools.cache
 def _in_passes(base: type[AttentionBackend]) -> type[AttentionBackend]:
     """``base`` whose metadata can tell those of the requests with several tokens."""
-    builder_base: Any = base.get_builder_cls()
+    builder_base: Any = builder_to_extend(base)
 
     class PassesBuilder(builder_base):
-        supports_update_block_table = False
         # Buffers of a builder hold one batch.
         _second: Any = None
-
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
-            return decode_graphs_only(super().get_cudagraph_support(*args))
 
         def build(
             self,

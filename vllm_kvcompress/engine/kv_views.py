@@ -12,12 +12,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
 )
 
-from .batch_parts import decode_graphs_only
+from .batch_parts import builder_to_extend
 
 
 def read_from(layer: Attention, target: str) -> None:
@@ -60,20 +59,14 @@ def _past_only(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
     Causal masks count from the end, so each query loses its own key.
     """
-    builder_base: Any = base.get_builder_cls()
+    builder_base: Any = builder_to_extend(base)
 
     class PastBuilder(builder_base):
-        supports_update_block_table = False
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             # Full CUDA graphs capture its address.
             most = self.vllm_config.scheduler_config.max_num_seqs
             self._past = torch.zeros(most, dtype=torch.int32, device=self.device)
-
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
-            return decode_graphs_only(super().get_cudagraph_support(*args))
 
         def build(
             self,

@@ -43,7 +43,9 @@ def prepare(vllm_config: "VllmConfig", wants_prefix_caching: bool) -> None:
     config: Any = model.hf_config
     name = model.architecture
     yoco = name in METHODS["yoco"]
-    approximate = not getattr(config, "use_sequential", True)
+    approximate = hasattr(config, "use_sequential") and not (
+        config.use_sequential or all(not s.repeats for s in config.layer_map.spans)
+    )
     refused = [
         (parallel.use_ubatching, "dual batch overlap", "drop --enable-dbo"),
         (
@@ -104,8 +106,8 @@ def kv_layers(vllm_config: "VllmConfig") -> tuple[int, int] | None:
 
 def prompt_logprobs_refusal(vllm_config: "VllmConfig") -> str | None:
     """Why no request may ask for logprobs of its prompt, None if it may."""
-    config = vllm_config.model_config.hf_config
-    if not getattr(config, "early_exit", False):
+    model = vllm_config.model_config
+    if model.architecture not in METHODS["yoco"] or not model.hf_config.early_exit:
         return None
     return (
         "prompt_logprobs is not possible: prompts do not go through all layers of this "

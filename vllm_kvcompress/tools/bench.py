@@ -23,6 +23,7 @@ from .shapes import (
 from .trace import Measures, medians
 
 DEFAULT_BUDGET = 1024
+SHORT = 256  # prompts that all methods leave alone
 DEFAULT_TARGETS = {"cla": "cla2", "lckv": "lckv-w2", "yoco": "yoco"}
 BUSY_LOAD = 0.5  # of other programs; the benchmark itself has not begun
 
@@ -256,7 +257,7 @@ def run(args: argparse.Namespace) -> int:
         to = args.to or DEFAULT_TARGETS[args.method]
         compressed["model"] = sharing_model(model, to, args.method)
         model.about["converted_to"] = to
-        kept = args.prompt_len
+        kept = min(args.prompt_len, SHORT)  # nothing is dropped
     else:
         kept = kept_tokens(method, args.prompt_len, model.about["layers"])
     machine = environment()

@@ -104,7 +104,7 @@ def prefill(
     prompt_len: int, kept: int, requests: int | None, max_tokens: int | None
 ) -> Traffic:
     """One long prompt and its first token."""
-    return Traffic(requests or 1, prompt_len, 1, kv_tokens=2 * prompt_len, passes=3)
+    return Traffic(requests or 1, prompt_len, 1, kv_tokens=2 * prompt_len)
 
 
 SHAPES = {
