@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="small",
         help="a checkpoint, or a random-weight Llama of ours: small (default, GQA, "
-        "2 layers), wide (8 layers with 16 KV heads, bound by its weights) or deep "
-        "(40 layers with 8 KV heads, a narrow Llama-2-13B)",
+        "2 layers), wide (8 layers with 16 KV heads, bound by its weights), tall (22 "
+        "layers with 4 KV heads in bfloat16, half of TinyLlama's width) or deep (40 "
+        "layers with 8 KV heads, a narrow Llama-2-13B)",
     )
     add(
         "--prompt-len",

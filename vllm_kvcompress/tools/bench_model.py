@@ -10,7 +10,7 @@ from typing import Any
 from .errors import ToolError
 
 OWN_FOLDER = Path("build/bench-model")
-OWN_SHAPES = {
+OWN_SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 1024,
         "hidden_size": 512,
@@ -33,13 +33,14 @@ OWN_SHAPES = {
     },
     "tall": {
         "vocab_size": 1024,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
         "num_hidden_layers": 22,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
         "head_dim": 64,
         "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
     },
     "deep": {
         "vocab_size": 1024,
@@ -131,7 +132,7 @@ def sharing_model(model: BenchModel, to: str, method: str) -> str:
     return str(folder)
 
 
-def _make(folder: Path, shape: dict[str, int]) -> None:
+def _make(folder: Path, shape: dict[str, Any]) -> None:
     """Write our own model, unless it is there already."""
     if (folder / "model.safetensors").exists():
         return
@@ -141,4 +142,5 @@ def _make(folder: Path, shape: dict[str, int]) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**shape)).float().save_pretrained(folder)
+    config = LlamaConfig(**{"dtype": "float32", **shape})
+    LlamaForCausalLM(config).to(config.dtype).save_pretrained(folder)

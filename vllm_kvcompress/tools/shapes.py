@@ -97,7 +97,7 @@ def decode_heavy(
 ) -> Traffic:
     """Hardly a prompt, long answers, space for few: LCKV's own setting."""
     n, t = requests or 48, max_tokens or 2043
-    return Traffic(n, 5, t, kv_tokens=4 * (5 + t))
+    return Traffic(n, 5, t, kv_tokens=2 * (5 + t))
 
 
 def prefill(
