@@ -24,6 +24,7 @@ from .budget import (
 from .contradictions import SIZE_KEYS, contradictions
 from .decode_config import DecodeConfig, Tokens, decode_config
 from .methods.base import Scorer
+from .ops.providers import ProviderName
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
 __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
@@ -48,6 +49,8 @@ class KVCompressionConfig(BaseModel):
             ``incremental`` also whenever ``prefill_interval`` more tokens are read, so
             that a prompt may be longer than the KV space.
         prefill_interval: In tokens.
+        kernels: Who runs operations: ``auto`` is the first provider that can, a name is
+            that one or none, a mapping names one for single operations.
         request_methods: Other methods that a request may choose; a list of names, or
             a mapping from names to parameters.
     """
@@ -62,6 +65,7 @@ class KVCompressionConfig(BaseModel):
     decode: DecodeConfig | None = None
     prefill: Literal["exact", "incremental"] = "exact"
     prefill_interval: Tokens = 2048
+    kernels: Literal["auto"] | ProviderName | dict[str, ProviderName] = "auto"
     request_methods: dict[str, SerializeAsAny[Scorer]] = Field(default_factory=dict)
 
     @classmethod

@@ -289,7 +289,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
     def recording_score(self: Any, queries: Any, keys: Any, *args: Any, **kw: Any):
         record.queries.append(queries.clone())
-        record.keys.append(keys.clone())
+        record.keys.append(keys.dense().clone())
         return score(self, queries, keys, *args, **kw)
 
     def recording_select_each(scores: torch.Tensor, counts: list[int]) -> Any:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from ..config import KEY, KVCompressionConfig
+from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
+from ..ops.compact import compact
+from ..ops.pages import PagedKeys
+from ..ops.providers import ProviderError, Setting, choose
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
 from .layers import paired_layers, rate, reads_from
-from .layout import kernel_blocks, page_layout
+from .layout import kernel_blocks, page_layout, pages_met
 from .merging import Part, merge_layers
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
@@ -98,6 +101,23 @@ class CompressionExecutor:
                     self._windows.append(layer.observation_window)
         for layer in layers.values():
             find_scales(layer)
+        self._choose_kernels()
+
+    def _choose_kernels(self) -> None:
+        """Choose who runs operations, now that the pages are known.
+
+        Raises:
+            ConfigError: ``kernels`` asks for what cannot be had.
+        """
+        own = [layer for group in self._groups.values() for layer in group.layers]
+        setting = Setting(self._device, frozenset(map(pages_met, own)))
+        try:
+            choose(setting, self._config.kernels)
+        except ProviderError as error:
+            raise ConfigError(
+                f"{KEY}: kernels={self._config.kernels}: {error}; leave it out to have "
+                "the fastest that works here"
+            ) from None
 
     def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
         """Learn the model's layers, if a scorer prunes them.
@@ -272,7 +292,8 @@ class CompressionExecutor:
                 continue
             if scorer.needs_values:
                 values = layout.values.take(cache, source)[:, :num_tokens]
-            keys = layout.keys.take(cache, source)[:, :num_tokens]
+            pages = source.expand(cache.shape[1], -1)
+            keys = PagedKeys(cache, layout.keys, pages, num_tokens)
             scores = rate(scorer, layer, queries, keys, values)[:, :candidates]
             if directive.candidates:
                 first, end = directive.candidates
@@ -282,8 +303,7 @@ class CompressionExecutor:
                 scores = scores[:, stay * cache.shape[2] :]
                 source, target = source[stay:], target[stay:]
             kept = select(scores, len(target) * cache.shape[2])
-            for half in (layout.keys, layout.values):
-                half.write(cache, target, half.gather(cache, source, kept))
+            compact(cache, (layout.keys, layout.values), source, kept, target)
         if isinstance(group.rows, HeadPages) and by_head:
             keep_by_head(
                 scorer,

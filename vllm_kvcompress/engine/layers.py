@@ -18,6 +18,7 @@ from vllm.v1.worker.utils import customize_attention_spec
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Layer, Scorer
+from ..ops.pages import PagedKeys
 from .one_head import BACKENDS, LAYOUT, head_major
 from .page_formats import has_scales
 from .shared_pages import READERS, scale_dtype
@@ -193,7 +194,7 @@ def rate(
     scorer: Scorer,
     layer: Any,
     queries: torch.Tensor | None,
-    keys: torch.Tensor,
+    keys: torch.Tensor | PagedKeys,
     values: torch.Tensor | None,
 ) -> torch.Tensor:
     """The scores of a compressed layer's tokens, see `Scorer.score`."""
@@ -207,6 +208,8 @@ def rate(
         softcap,
         tuple(flag for flag in past_only for _ in range(group) if any(past_only)),
     )
+    if isinstance(keys, PagedKeys) and not scorer.takes_pages:
+        keys = keys.dense()
     scores = scorer.score(queries, keys, values, about)
     ranks = get_tensor_model_parallel_world_size()
     if scorer.across_heads and ranks > 1:

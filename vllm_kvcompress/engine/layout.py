@@ -14,107 +14,8 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-
-class Elements:
-    """The keys, or the values, of all tokens in pages of one order."""
-
-    def __init__(self, offsets: torch.Tensor) -> None:
-        """Take the order from ``offsets [block_size, head_size]``, int64 on the CPU.
-
-        Args:
-            offsets: Elements of a page are numbered through its rows.
-        """
-        self._offsets = offsets
-        first = int(offsets[0, 0])
-        slot = int(offsets[-1, 0] - first) // max(1, offsets.shape[0] - 1)
-        element = int(offsets[0, -1] - first) // max(1, offsets.shape[1] - 1)
-        grid = [torch.arange(size) for size in offsets.shape]
-        even = first + slot * grid[0][:, None] + element * grid[1]
-        self._steps = (first, slot, element) if even.equal(offsets) else None
-
-    def strides(self, kv_cache: torch.Tensor) -> tuple[int, int, int] | None:
-        """A page's first element, and those to the next token and element."""
-        if self._steps is None or not kv_cache[0, 0].is_contiguous():
-            return None
-        return self._steps
-
-    def view(self, kv_cache: torch.Tensor) -> torch.Tensor | None:
-        """``[num_blocks, kv_heads, block_size, head_size]``; None if tiled."""
-        if self._steps is None:
-            return None
-        row = kv_cache.shape[3]
-        *outer, along_rows, along_row = kv_cache.stride()
-        first, slot, element = (
-            step // row * along_rows + step % row * along_row for step in self._steps
-        )
-        return kv_cache.as_strided(
-            (*kv_cache.shape[:2], *self._offsets.shape),
-            (*outer, slot, element),
-            kv_cache.storage_offset() + first,
-        )
-
-    def take(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Copy all tokens of some blocks.
-
-        Args:
-            kv_cache: ``[num_blocks, kv_heads, block_size, 2 * head_size]``.
-            blocks: ``[count]`` int64.
-
-        Returns:
-            ``[kv_heads, count * block_size, head_size]``; where the cache holds
-            tokens side by side, so does the copy.
-        """
-        view = self.view(kv_cache)
-        if view is None:
-            pages = kv_cache[blocks].flatten(2).transpose(0, 1)
-            taken = pages[:, :, self._offsets.flatten()]
-            return taken.reshape(len(pages), -1, self._offsets.shape[1])
-        if view.stride(2) < view.stride(3):
-            turned = view.transpose(2, 3)[blocks]
-            return turned.permute(1, 2, 0, 3).flatten(2).transpose(1, 2)
-        return view[blocks].transpose(0, 1).flatten(1, 2)
-
-    def gather(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Copy single tokens, other ones for every KV head.
-
-        Args:
-            kv_cache: As in `take`.
-            blocks: ``[count]`` int64, the blocks of a prompt.
-            positions: ``[kv_heads, tokens]`` int64, positions in that prompt.
-
-        Returns:
-            ``[kv_heads, tokens, head_size]``.
-        """
-        block_size, row = kv_cache.shape[2:]
-        block, slot = blocks[positions // block_size], positions % block_size
-        head = torch.arange(len(positions), device=positions.device)[:, None]
-        view = self.view(kv_cache)
-        if view is not None:
-            return view[block, head, slot]
-        offset = self._offsets[slot]
-        return kv_cache[block[..., None], head[..., None], offset // row, offset % row]
-
-    def write(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, tokens: torch.Tensor
-    ) -> None:
-        """Fill whole blocks.
-
-        Args:
-            kv_cache: As in `take`.
-            blocks: ``[count]`` int64, distinct.
-            tokens: ``[kv_heads, count * block_size, head_size]``.
-        """
-        _, kv_heads, block_size, row = kv_cache.shape
-        paged = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
-        view = self.view(kv_cache)
-        if view is not None:
-            view[blocks] = paged
-            return
-        head = torch.arange(kv_heads)[:, None, None]
-        offset = self._offsets
-        kv_cache[blocks[:, None, None, None], head, offset // row, offset % row] = paged
+from ..ops.pages import Elements
+from ..ops.providers import Pages
 
 
 @dataclass(frozen=True)
@@ -133,6 +34,18 @@ def page_layout(layer: Any) -> PageLayout:
     if isa is None:
         return _rows(block_size, head_size)
     return _cpu_pages(isa, cache.dtype, block_size, head_size)
+
+
+def pages_met(layer: Any) -> Pages:
+    """What kernels are told of the pages of a layer."""
+    cache, layout = layer.kv_cache, page_layout(layer)
+    return Pages(
+        cache.dtype,
+        cache.shape[2],
+        cache.shape[3] // 2,
+        layout.keys.strides(cache),
+        layout.values.strides(cache),
+    )
 
 
 @functools.cache

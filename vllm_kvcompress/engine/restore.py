@@ -13,7 +13,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..ops.attend import attend
-from ..ops.native import AttendPages, attend_pages
+from ..ops.attend_pages import attend_pages
+from ..ops.providers import TORCH
 from .layout import page_layout
 from .page_formats import KEYS, UNQUANTISED, VALUES, pages_of
 
@@ -142,16 +143,18 @@ def attend_restored(
     """
     for part in parts:
         own = query[part.tokens]
-        if part.decodes and (native := kernel(layer)):
-            found = native(
-                own.float(),
+        if part.decodes and attend_pages.provider != TORCH:
+            layout = page_layout(layer)
+            found = attend_pages(
+                own,
                 layer.kv_cache,
+                (layout.keys, layout.values),
                 part.blocks,
                 part.starts,
                 part.lens,
                 layer.page_scales,
-                layer.impl.scale,
-                layer.impl.logits_soft_cap or 0.0,
+                scale=layer.impl.scale,
+                softcap=layer.impl.logits_soft_cap or 0.0,
             )
         elif layer.kv_cache_dtype in UNQUANTISED:
             pages, found = _restore(layer, part.blocks), torch.empty_like(own)
@@ -159,18 +162,6 @@ def attend_restored(
         else:
             found = _attend(layer, own, part)
         output[part.tokens] = found.to(output.dtype)
-
-
-def kernel(layer: Any) -> AttendPages | None:
-    """A kernel that does know factors, if it reads the pages of this layer."""
-    cache = layer.kv_cache
-    if cache.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    block_size, head_size = cache.shape[2], cache.shape[3] // 2
-    layout = page_layout(layer)
-    found = [half.strides(cache) for half in (layout.keys, layout.values)]
-    by_element, by_token = (0, 1, block_size), (block_size * head_size, head_size, 1)
-    return attend_pages() if found == [by_element, by_token] else None
 
 
 def _restore(layer: Any, blocks: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Self
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ..ops.row_shift import shift_rows
+
 
 class RowShift:
     """Tokens by which the rows of one KV cache group are shifted."""
@@ -22,7 +24,7 @@ class RowShift:
         self._device = device
         self._shift_of: dict[str, int] = {}
         self._rows: Sequence[str] = ()
-        self._aimed: tuple[list[int], int, int, int] | None = None
+        self._aimed: tuple[list[int], int] | None = None
         self._table: torch.Tensor | None = None
 
     def of_rows(self, rows: Sequence[int]) -> Self:
@@ -44,22 +46,19 @@ class RowShift:
         """Name the rows of the coming batch; () for a dummy batch."""
         self._rows = request_ids
 
-    def _aim(self, rows: int, width: int, block_size: int) -> bool:
-        """Bring ``_tokens`` and ``_source`` up to date with the batch's rows.
+    def _aim(self, rows: int) -> bool:
+        """Bring ``_tokens`` up to date with the batch's rows.
 
         Returns:
             Whether any row is shifted.
         """
         shifts = [self._shift_of.get(request_id, 0) for request_id in self._rows]
-        aim = (shifts, rows, width, block_size)
+        aim = (shifts, rows)
         if aim != self._aimed:  # rows change far less often than steps are run
             self._aimed = aim
             self._tokens_cpu = torch.zeros(rows, dtype=torch.int32)
             self._tokens_cpu[: len(shifts)] = torch.tensor(shifts, dtype=torch.int32)
             self._tokens = self._tokens_cpu.to(self._device)
-            column = torch.arange(width, device=self._device)
-            blocks = (self._tokens // block_size)[:, None]
-            self._source = (column + blocks).clamp_(max=width - 1)
         return any(shifts)
 
     def new_lens(self) -> torch.Tensor:
@@ -80,7 +79,7 @@ class RowShift:
             return common  # no graph has captured an address here
         table = common.block_table_tensor
         rows, width = table.shape
-        shifted = self._aim(rows, width, block_size)
+        shifted = self._aim(rows)
         if self._table is None:
             self._table = torch.zeros(
                 self._max_num_reqs, width, dtype=table.dtype, device=self._device
@@ -90,11 +89,18 @@ class RowShift:
         if shifted and lens_bound is not None:
             lens_bound = lens_bound - self._tokens_cpu
             longest = int(lens_bound.max())
+        table_out, lens_out = self._table[:rows, :width], lens[:rows]
+        shift_rows(
+            table,
+            common.seq_lens,
+            self._tokens,
+            block_size,
+            table_out=table_out,
+            lens_out=lens_out,
+        )
         return common.replace(
-            block_table_tensor=torch.gather(
-                table, 1, self._source, out=self._table[:rows, :width]
-            ),
-            seq_lens=torch.sub(common.seq_lens, self._tokens, out=lens[:rows]),
+            block_table_tensor=table_out,
+            seq_lens=lens_out,
             seq_lens_cpu_upper_bound=lens_bound,
             max_seq_len=longest,
             _num_computed_tokens_cache=None,

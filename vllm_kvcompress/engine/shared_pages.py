@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import KVQuantMode
 
 from ..config import KEY
 from .page_formats import UNQUANTISED, has_scales
-from .restore import RestoredRows, apart, kernel
+from .restore import RestoredRows, apart
 from .rows import RowShift
 
 READERS = ("CPU_ATTN", "TRITON_ATTN")
@@ -80,8 +80,6 @@ class SharingRows(RowShift):
             if cache.data_ptr() not in factors:
                 factors[cache.data_ptr()] = new_scales(cache)
             deep.page_scales = factors[cache.data_ptr()]
-            if cache.device.type == "cpu":
-                kernel(deep)  # compiled now, not in a request's step
             if has_scales(deep.kv_cache_dtype):
                 deep.impl._k_scale_cache, deep.impl._v_scale_cache = deep.page_scales
 

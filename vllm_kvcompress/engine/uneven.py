@@ -13,10 +13,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..methods.base import Scorer
+from ..ops.compact import compact
+from ..ops.pages import Elements, PagedKeys
 from ..ops.select import select_each
 from .head_pages import HeadPages
 from .layers import rate
-from .layout import Elements, PageLayout
+from .layout import PageLayout
 from .one_head import one_head
 
 
@@ -76,8 +78,8 @@ def keep_by_head(
             [own + start for own, start in zip(best, starts, strict=False)]
         )
         cache = one_head(layer.cache)
-        for half in (layer.layout.keys, layer.layout.values):
-            half.write(cache, pages, half.gather(cache, torch.cat(held), kept[None]))
+        halves = (layer.layout.keys, layer.layout.values)
+        compact(cache, halves, torch.cat(held), kept[None], pages)
 
 
 def _scores(
@@ -91,17 +93,17 @@ def _scores(
     alike = len({len(own) for own in held}) == 1
     parts = [held] if alike else [[own] for own in held]
 
-    def take(half: Elements, part: list[torch.Tensor]) -> torch.Tensor:
-        tokens = half.take(cache, torch.cat(part)).unflatten(1, (len(part), -1))[0]
-        return tokens[:, : tokens.shape[1] - spare]
+    def held_in(half: Elements, part: list[torch.Tensor]) -> PagedKeys:
+        pages = torch.stack(part)
+        return PagedKeys(cache, half, pages, pages.shape[1] * cache.shape[2] - spare)
 
     for index, part in enumerate(parts):
         queries = values = None
         if layer.queries is not None:
             queries = layer.queries.chunk(len(parts), dim=1)[index]
         if scorer.needs_values:
-            values = take(layer.layout.values, part)
-        keys = take(layer.layout.keys, part)
+            values = held_in(layer.layout.values, part).dense()
+        keys = held_in(layer.layout.keys, part)
         scores = rate(scorer, layer.layer, queries, keys, values)
         found += scores[:, : scores.shape[1] - tail].unbind()
     return pad_sequence(found, batch_first=True, padding_value=float("-inf"))

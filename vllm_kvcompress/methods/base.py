@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -50,6 +50,11 @@ class Scorer(BaseModel):
     @property
     def needs_values(self) -> bool:
         """Whether ``score`` looks at the values."""
+        return False
+
+    @property
+    def takes_pages(self) -> bool:
+        """Whether ``score`` may be given a `PagedKeys` for its keys."""
         return False
 
     @property
@@ -158,7 +163,7 @@ class Scorer(BaseModel):
     def score(
         self,
         queries: torch.Tensor | None,
-        keys: torch.Tensor,
+        keys: Any,
         values: torch.Tensor | None,
         layer: Layer,
     ) -> torch.Tensor:
@@ -167,7 +172,8 @@ class Scorer(BaseModel):
         Args:
             queries: ``[needs_queries, query_heads, head_size]`` (rotated), or
                 None if ``needs_queries`` is 0.
-            keys: ``[kv_heads, tokens, head_size]`` (rotated).
+            keys: ``[kv_heads, tokens, head_size]`` (rotated), or the `PagedKeys` that
+                hold them, where the scorer takes pages.
             values: ``[kv_heads, tokens, head_size]``, or None if ``needs_values``
                 is False.
             layer: What else is known of the layer.

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ..ops.pages import PagedKeys
 from ..ops.window_scores import window_scores
 from .base import Layer, Scorer
 
@@ -63,6 +64,10 @@ class PyramidInfer(Scorer):
     def queries_wanted(self, num_tokens: int) -> int:
         """See `Scorer.queries_wanted`."""
         return 1 + int(self.recent_ratio * num_tokens)
+
+    @property
+    def takes_pages(self) -> bool:
+        return True
 
     @property
     def always_kept(self) -> int:
@@ -137,7 +142,7 @@ class PyramidInfer(Scorer):
     def score(
         self,
         queries: torch.Tensor | None,
-        keys: torch.Tensor,
+        keys: torch.Tensor | PagedKeys,
         values: torch.Tensor | None,
         layer: Layer,
     ) -> torch.Tensor:
@@ -145,7 +150,7 @@ class PyramidInfer(Scorer):
         if queries is None:
             raise ValueError("PyramidInfer needs the recent queries")
         recent = len(queries)
-        weights = torch.linspace(1, self.distance_weight, recent, device=keys.device)
+        weights = torch.linspace(1, self.distance_weight, recent, device=queries.device)
         scores = window_scores(
             queries,
             keys,
@@ -156,4 +161,4 @@ class PyramidInfer(Scorer):
         ).mean(0)
         scores[: self.sinks] = float("inf")
         scores[-recent:] = float("inf")
-        return scores.expand(len(keys), -1)
+        return scores.expand(keys.shape[0], -1)

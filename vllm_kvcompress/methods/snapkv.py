@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import AfterValidator, Field
 
+from ..ops.pages import PagedKeys
 from ..ops.pool import Pooling, pool
 from ..ops.window_scores import window_scores
 from .base import Layer, Scorer
@@ -40,13 +41,17 @@ class SnapKV(Scorer):
         return self.window
 
     @property
+    def takes_pages(self) -> bool:
+        return True
+
+    @property
     def always_kept(self) -> int:
         return self.window
 
     def score(
         self,
         queries: torch.Tensor | None,
-        keys: torch.Tensor,
+        keys: torch.Tensor | PagedKeys,
         values: torch.Tensor | None,
         layer: Layer,
     ) -> torch.Tensor:

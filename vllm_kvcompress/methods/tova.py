@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 
+from ..ops.pages import PagedKeys
 from ..ops.window_scores import window_scores
 from .base import Layer, Scorer
 
@@ -23,6 +24,10 @@ class TOVA(Scorer):
         return 1
 
     @property
+    def takes_pages(self) -> bool:
+        return True
+
+    @property
     def always_kept(self) -> int:
         return 1
 
@@ -33,7 +38,7 @@ class TOVA(Scorer):
     def score(
         self,
         queries: torch.Tensor | None,
-        keys: torch.Tensor,
+        keys: torch.Tensor | PagedKeys,
         values: torch.Tensor | None,
         layer: Layer,
     ) -> torch.Tensor:

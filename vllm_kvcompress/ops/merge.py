@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .providers import Operation
+
 # The shallow layer's length is at least this share of the deep one's, so that their
 # ratio is finite in float16 wherever the shallow vector is zero.
 LEAST_SHARE = 2.0**-14
@@ -26,6 +28,7 @@ class Merged:
     distance: torch.Tensor
 
 
+@Operation
 def merge(shallow: torch.Tensor, deep: torch.Tensor, t: float) -> Merged:
     """Interpolate two layers' directions on the sphere and keep both lengths.
 

@@ -5,9 +5,12 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from .providers import Operation
+
 Pooling = Literal["max", "avg"]
 
 
+@Operation
 def pool(scores: torch.Tensor, *, kernel_size: int, pooling: Pooling) -> torch.Tensor:
     """Pool over positions with stride 1 and the same length.
 

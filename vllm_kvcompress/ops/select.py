@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .providers import Operation
 
+
+@Operation
 def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Positions of the ``count`` highest scores of every KV head.
 

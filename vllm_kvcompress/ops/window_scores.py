@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
+from .pages import PagedKeys
+from .providers import Operation
+
 MAX_LOGITS = 1 << 24  # of one temporary
 
 
+@Operation
 def window_scores(
     queries: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | PagedKeys,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -24,7 +28,8 @@ def window_scores(
 
     Args:
         queries: ``[window, query_heads, head_size]``, the last queries, rotated.
-        keys: ``[kv_heads, tokens, head_size]``, all keys, rotated.
+        keys: ``[kv_heads, tokens, head_size]``, all keys, rotated; a `PagedKeys` may
+            stand for them.
         scale: Factor on the logits, ``head_size ** -0.5`` in most models.
         softcap: ``softcap * tanh(logits / softcap)`` if not 0 (Gemma 2).
         weights: ``[window]`` float32, a factor on each query's votes; None = 1.
@@ -34,6 +39,8 @@ def window_scores(
     Returns:
         ``[kv_heads, tokens]`` float32.
     """
+    if isinstance(keys, PagedKeys):
+        keys = keys.dense()
     window, query_heads, head_size = queries.shape
     kv_heads, tokens, _ = keys.shape
     group = query_heads // kv_heads

@@ -1,0 +1,34 @@
+// What Python passes, by pointer; see vllm_kvcompress/ops/cpp.py, which has the same
+// fields. No header of Python or torch is needed.
+
+#pragma once
+
+#include <cstdint>
+
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2 };
+
+struct Order {  // of a page's elements
+  int64_t first, slot, element;  // address of the first; to the next token, element
+  const int32_t* offsets;        // [block_size, head_size] if tiled, else null
+};
+
+struct WindowScores {
+  const void* cache;
+  const int64_t* blocks;  // [kv_heads, count]
+  const float* queries;   // [kv_heads, rows, head_size]; a row is (query head, query)
+  const float* weights;   // [rows], what a query's votes count
+  const int64_t* seen;    // [rows], tokens that it sees
+  float* scores;          // [kv_heads, tokens], filled
+  int64_t type, kv_heads, rows, tokens, head_size, block_size;
+  int64_t block_step, head_step, blocks_step;  // elements
+  Order order;
+  float scale, softcap;
+};
+
+struct Compact {
+  void* cache;
+  const int64_t *source, *kept, *target;  // [.], [kv_heads, tokens], [.]
+  int64_t type_size, kv_heads, tokens, head_size, block_size;
+  int64_t block_step, head_step;
+  Order keys, values;
+};

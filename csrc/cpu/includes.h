@@ -1,0 +1,11 @@
+// Standard headers come before any choice of an instruction set: what they define may
+// be shared by all files.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "api.h"

@@ -1,0 +1,151 @@
+// Attention mass of the observation window: the meaning is
+// vllm_kvcompress/ops/window_scores.py. Keys are read twice, once for each query's
+// largest logit and sum of exponentials, once for the votes.
+
+struct Window {
+  const int64_t* seen;   // [rows], tokens that it sees
+  int64_t rows, head_size;
+  float scale, softcap;
+};
+
+constexpr int ROWS = 6;        // of a product; its result fills the registers
+constexpr int64_t CHUNK = 512;  // tokens that are one task
+
+// Calls take(row, first token, logits) for all rows and tiles of a span of tokens.
+template <int N, typename T, typename Take>
+KVC_INLINE void rows_of_tile(const Window& window, const float* queries, int64_t row,
+                             const Columns<T>& keys, int64_t step, int64_t token,
+                             Take& take) {
+  Vec found[N][VECS];
+  product<N>(queries + row * window.head_size, window.head_size, keys, step,
+             window.head_size, found);
+  for (int n = 0; n < N; ++n) {
+    for (int v = 0; v < VECS; ++v) found[n][v] *= window.scale;
+    if (window.softcap > 0)
+      for (int v = 0; v < VECS; ++v)
+        found[n][v] = window.softcap * tanh(found[n][v] / window.softcap);
+    if (token + TILE > window.seen[row + n])
+      for (int v = 0; v < VECS; ++v)
+        for (int i = 0; i < LANES; ++i)
+          if (token + v * LANES + i >= window.seen[row + n])
+            found[n][v][i] = -std::numeric_limits<float>::infinity();
+    take(row + n, token, found[n]);
+  }
+}
+
+template <typename T, typename Take>
+KVC_INLINE void all_rows(const Window& window, const float* queries,
+                         const Columns<T>& keys, int64_t step, int64_t token,
+                         Take& take) {
+  int64_t row = 0;
+  for (; row + ROWS <= window.rows; row += ROWS)
+    rows_of_tile<ROWS>(window, queries, row, keys, step, token, take);
+  for (; row < window.rows; ++row)
+    rows_of_tile<1>(window, queries, row, keys, step, token, take);
+}
+
+template <typename T, typename Take>
+KVC_INLINE void all_tiles(const Window& window, const float* queries,
+                          const HeadPages<T>& pages, int64_t first, int64_t end,
+                          Take& take) {
+  std::vector<float> copied;
+  const bool in_place = pages.side_by_side();
+  if (!in_place) copied.resize(pages.head_size * TILE);
+  for (int64_t token = first; token < end; token += TILE) {
+    if (in_place) {
+      Columns<T> keys;
+      pages.columns(token, keys);
+      all_rows(window, queries, keys, pages.order.element, token, take);
+    } else {
+      pages.copy(token, copied.data());
+      Columns<float> keys;
+      for (int v = 0; v < VECS; ++v) keys[v] = copied.data() + v * LANES;
+      all_rows(window, queries, keys, TILE, token, take);
+    }
+  }
+}
+
+// Each row's largest logit and the sum of exponentials below it, over one chunk.
+template <typename T>
+void chunk_sums(const Window& window, const float* queries, const HeadPages<T>& pages,
+                int64_t first, int64_t end, float* most, float* sums) {
+  constexpr float lowest = std::numeric_limits<float>::lowest();
+  std::vector<float> tops(window.rows * LANES, lowest), totals(window.rows * LANES);
+  auto take = [&](int64_t row, int64_t, const Vec (&logits)[VECS]) {
+    const Vec top = load(&tops[row * LANES]);
+    const Vec high = larger(larger(larger(logits[0], logits[1]), top),
+                            larger(logits[2], logits[3]));
+    Vec total = load(&totals[row * LANES]) * exp_of_negative(top - high);
+    for (int v = 0; v < VECS; ++v) total += exp_of_negative(logits[v] - high);
+    store(&tops[row * LANES], high);
+    store(&totals[row * LANES], total);
+  };
+  all_tiles(window, queries, pages, first, end, take);
+  for (int64_t row = 0; row < window.rows; ++row) {
+    const Vec top = load(&tops[row * LANES]);
+    most[row] = largest(top);
+    sums[row] = sum(load(&totals[row * LANES]) * exp_of_negative(top - most[row]));
+  }
+}
+
+// Votes for the tokens of one chunk, added to `scores`; a row's count for its share.
+template <typename T>
+void chunk_votes(const Window& window, const float* queries, const HeadPages<T>& pages,
+                 int64_t first, int64_t end, const float* most, const float* shares,
+                 float* scores) {
+  std::vector<float> votes(CHUNK);
+  auto take = [&](int64_t row, int64_t token, const Vec (&logits)[VECS]) {
+    const Vec share = all(shares[row]);
+    for (int v = 0; v < VECS; ++v) {
+      float* own = &votes[token - first + v * LANES];
+      store(own, load(own) + share * exp_of_negative(logits[v] - most[row]));
+    }
+  };
+  all_tiles(window, queries, pages, first, end, take);
+  std::copy(votes.begin(), votes.begin() + (end - first), scores + first);
+}
+
+template <typename T>
+void window_scores(const WindowScores& call) {
+  const Window window{call.seen, call.rows, call.head_size, call.scale, call.softcap};
+  const int64_t rows = call.rows, chunks = (call.tokens + CHUNK - 1) / CHUNK;
+  const int64_t tasks = call.kv_heads * chunks;
+  std::vector<float> most(tasks * rows), sums(tasks * rows);
+  std::vector<float> tops(call.kv_heads * rows), shares(call.kv_heads * rows);
+  auto on_chunk = [&](int64_t task, auto&& run) {
+    const int64_t head = task / chunks, first = task % chunks * CHUNK;
+    const HeadPages<T> pages{(const T*)call.cache + head * call.head_step,
+                             call.blocks + head * call.blocks_step,
+                             call.block_step,
+                             call.block_size,
+                             call.head_size,
+                             call.tokens,
+                             call.order};
+    run(head, call.queries + head * rows * call.head_size, pages, first,
+        std::min(first + CHUNK, call.tokens));
+  };
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < tasks; ++task)
+    on_chunk(task, [&](int64_t, const float* queries, const HeadPages<T>& pages,
+                       int64_t first, int64_t end) {
+      chunk_sums(window, queries, pages, first, end, &most[task * rows],
+                 &sums[task * rows]);
+    });
+  for (int64_t head = 0; head < call.kv_heads; ++head)
+    for (int64_t row = 0; row < rows; ++row) {
+      float top = std::numeric_limits<float>::lowest(), total = 0;
+      for (int64_t task = head * chunks; task < (head + 1) * chunks; ++task)
+        top = std::max(top, most[task * rows + row]);
+      for (int64_t task = head * chunks; task < (head + 1) * chunks; ++task)
+        total += sums[task * rows + row] * std::exp(most[task * rows + row] - top);
+      tops[head * rows + row] = top;
+      shares[head * rows + row] = total > 0 ? call.weights[row] / total : 0.f;
+    }
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < tasks; ++task)
+    on_chunk(task, [&](int64_t head, const float* queries, const HeadPages<T>& pages,
+                       int64_t first, int64_t end) {
+      chunk_votes(window, queries, pages, first, end, &tops[head * rows],
+                  &shares[head * rows], call.scores + head * call.tokens);
+    });
+}

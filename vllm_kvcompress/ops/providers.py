@@ -1,0 +1,160 @@
+"""Who runs an operation: its torch meaning, or a kernel that was proven against it.
+
+An operation is a function of torch that defines what is computed. A provider is a
+module with kernels of the same names and signatures in its ``KERNELS``, and a function
+``refusal`` that says why it cannot serve here. Providers are chosen once, when a worker
+has its KV caches: the first that can, in the order of `PROVIDERS`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import torch
+
+logger = logging.getLogger("vllm.plugins.kv_compression")
+
+Strides = tuple[int, int, int]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+AUTO, TORCH = "auto", "torch"
+PROVIDERS = {
+    "cuda": "vllm_kvcompress.ops.cuda",
+    "triton": "vllm_kvcompress.triton_kernels",
+    "cpp": "vllm_kvcompress.ops.cpp",
+}
+# Only where they are asked for by name.
+ON_REQUEST = {"xformers": "vllm_kvcompress.ops.xformers"}
+ProviderName = Literal["torch", "cuda", "triton", "cpp", "xformers"]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Pages that kernels will meet.
+
+    Attributes:
+        dtype: Of the cache.
+        block_size: Tokens in a page.
+        head_size: Elements of a key; a value has as many.
+        keys: Their strides, see `Elements.strides`; None = tiled.
+        values: The same.
+    """
+
+    dtype: torch.dtype
+    block_size: int
+    head_size: int
+    keys: Strides | None = None
+    values: Strides | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known when providers are chosen."""
+
+    device: torch.device
+    pages: frozenset[Pages] = frozenset()
+
+
+class Operation(Generic[P, R]):
+    """A function whose work a provider may do.
+
+    Attributes:
+        meaning: The function itself, in torch.
+        provider: Whose kernel runs.
+    """
+
+    def __init__(self, meaning: Callable[P, R]) -> None:
+        functools.update_wrapper(self, meaning)
+        self.name, self.meaning = meaning.__name__, meaning
+        self.use(TORCH, meaning)
+        OPERATIONS[self.name] = self
+
+    def use(self, provider: str, kernel: Callable[P, R]) -> None:
+        """Let a provider's kernel do the work from now on."""
+        self.provider, self._run = provider, kernel
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the chosen kernel."""
+        return self._run(*args, **kwargs)
+
+
+OPERATIONS: dict[str, Operation[Any, Any]] = {}
+
+
+class ProviderError(ValueError):
+    """A provider that was asked for by name cannot serve."""
+
+
+def choose(setting: Setting, wanted: str | Mapping[str, str] = AUTO) -> None:
+    """Choose every operation's provider, and log the choice with its reasons.
+
+    Args:
+        setting: The machine and the pages.
+        wanted: A provider for all operations that it has kernels of, or one for each
+            operation named; ``auto`` = the first that can serve.
+
+    Raises:
+        ProviderError: What was asked for cannot be had.
+    """
+    named = wanted if isinstance(wanted, Mapping) else {}
+    for_all = wanted if isinstance(wanted, str) and wanted != AUTO else None
+    if unknown := sorted(named.keys() - OPERATIONS.keys()):
+        raise ProviderError(
+            f"there is no operation {unknown[0]}, only {', '.join(sorted(OPERATIONS))}"
+        )
+    refusals: dict[str, str] = {}
+    if for_all and for_all != TORCH and (reason := _refusal(for_all, setting, None)):
+        raise ProviderError(f"{for_all} cannot serve: {reason}")
+    for operation in OPERATIONS.values():
+        explicit = named.get(operation.name)
+        order = (explicit,) if explicit else (for_all,) if for_all else PROVIDERS
+        operation.use(TORCH, operation.meaning)
+        for provider in order:
+            if provider is None or provider == TORCH:
+                continue
+            reason = _refusal(provider, setting, operation.name)
+            if reason is None:
+                kernel = _module(provider).KERNELS[operation.name]
+                operation.use(provider, kernel)
+                break
+            if explicit:
+                raise ProviderError(
+                    f"{provider} cannot serve {operation.name}: {reason}"
+                )
+            refusals.setdefault(f"{provider}: {reason}", operation.name)
+    _log(list(refusals))
+
+
+def _log(refusals: Sequence[str]) -> None:
+    chosen: dict[str, list[str]] = {}
+    for operation in OPERATIONS.values():
+        chosen.setdefault(operation.provider, []).append(operation.name)
+    text = "; ".join(f"{name}: {', '.join(own)}" for name, own in chosen.items())
+    if refusals:
+        text += f" (not used: {'; '.join(refusals)})"
+    _log_once(text)
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logger.info("KV compression: kernels of %s", text)
+
+
+def _module(provider: str) -> Any:
+    return import_module((PROVIDERS | ON_REQUEST)[provider])
+
+
+def _refusal(provider: str, setting: Setting, operation: str | None) -> str | None:
+    """Why a provider cannot serve an operation, or any; None if it can."""
+    try:
+        module = _module(provider)
+    except (ImportError, OSError) as error:
+        return str(error).strip().partition("\n")[0]
+    if operation is not None and operation not in module.KERNELS:
+        return f"has no {operation}"
+    reason: str | None = module.refusal(setting, operation)
+    return reason
