@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2 };
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2, FLOAT16 = 3 };
 
 struct Order {  // of a page's elements
   int64_t first, slot, element;  // address of the first; to the next token, element
@@ -22,6 +22,19 @@ struct WindowScores {
   int64_t type, kv_heads, rows, tokens, head_size, block_size;
   int64_t block_step, head_step, blocks_step;  // elements
   Order order;
+  float scale, softcap;
+};
+
+struct AttendPages {
+  const void* cache;
+  const int64_t *blocks, *starts, *lens;  // [.], [rows + 1], [rows]
+  const float* query;                     // [rows, kv_heads, group, head_size]
+  const void* scales;                     // [2, num_blocks, block_size, kv_heads]
+  float* output;                          // of the query's shape, filled
+  int64_t type, half_scales, rows, kv_heads, group, head_size, block_size;
+  int64_t block_step, head_step, scales_step;  // elements
+  int64_t tasks;                               // into which to split the work, at least
+  Order keys, values;
   float scale, softcap;
 };
 

@@ -4,44 +4,72 @@
 
 namespace {
 
-// All tokens of a head are read before any is written: pages may be on both sides.
+// One half, keys or values, of what one KV head keeps. All is read before anything is
+// written: pages may be on both sides.
 template <typename T>
-void half(const Compact& call, int64_t head, const Order& order, std::vector<T>& held) {
-  const int64_t D = call.head_size, B = call.block_size;
-  T* cache = (T*)call.cache + head * call.head_step;
-  const int64_t* kept = call.kept + head * call.tokens;
-  held.resize(call.tokens * D);
-  const auto element = [&](int64_t slot, int64_t d) {
-    return order.offsets ? order.offsets[slot * D + d]
+struct Half {
+  const Compact& call;
+  const Order& order;
+  const int64_t* kept;
+  T* cache;
+  std::vector<T> held;
+
+  Half(const Compact& call, const Order& order, int64_t head)
+      : call(call),
+        order(order),
+        kept(call.kept + head * call.tokens),
+        cache((T*)call.cache + head * call.head_step),
+        held(call.tokens * call.head_size) {}
+
+  int64_t offset(int64_t slot, int64_t d) const {
+    return order.offsets ? order.offsets[slot * call.head_size + d]
                          : order.first + slot * order.slot + d * order.element;
-  };
-  const bool vectors = !order.offsets && order.element == 1;
-  for (int64_t i = 0; i < call.tokens; ++i) {
-    const T* page = cache + call.source[kept[i] / B] * call.block_step;
-    const int64_t slot = kept[i] % B;
-    if (vectors)
-      std::memcpy(&held[i * D], page + element(slot, 0), D * sizeof(T));
-    else
-      for (int64_t d = 0; d < D; ++d) held[i * D + d] = page[element(slot, d)];
   }
-  for (int64_t first = 0; first < call.tokens; first += B) {
-    T* page = cache + call.target[first / B] * call.block_step;
-    const T* from = &held[first * D];
-    if (vectors)
-      for (int64_t s = 0; s < B; ++s)
-        std::memcpy(page + element(s, 0), from + s * D, D * sizeof(T));
-    else
+
+  // A token's elements are side by side.
+  void move_tokens() {
+    const int64_t D = call.head_size, B = call.block_size;
+    for (int64_t i = 0; i < call.tokens; ++i) {
+      const T* page = cache + call.source[kept[i] / B] * call.block_step;
+      std::memcpy(&held[i * D], page + offset(kept[i] % B, 0), D * sizeof(T));
+    }
+    for (int64_t i = 0; i < call.tokens; ++i) {
+      T* page = cache + call.target[i / B] * call.block_step;
+      std::memcpy(page + offset(i % B, 0), &held[i * D], D * sizeof(T));
+    }
+  }
+
+  // They are apart: pages are read from their start to their end.
+  void move_elements() {
+    const int64_t D = call.head_size, B = call.block_size, tokens = call.tokens;
+    for (int64_t first = 0, end; first < tokens; first = end) {
+      const int64_t block = kept[first] / B;
+      const T* page = cache + call.source[block] * call.block_step;
+      for (end = first; end < tokens && kept[end] / B == block; ++end) {
+      }
       for (int64_t d = 0; d < D; ++d)
-        for (int64_t s = 0; s < B; ++s) page[element(s, d)] = from[s * D + d];
+        for (int64_t i = first; i < end; ++i)
+          held[d * tokens + i] = page[offset(kept[i] - block * B, d)];
+    }
+    for (int64_t first = 0; first < tokens; first += B) {
+      T* page = cache + call.target[first / B] * call.block_step;
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t s = 0; s < B; ++s)
+          page[offset(s, d)] = held[d * tokens + first + s];
+    }
   }
-}
+};
 
 template <typename T>
 void compact(const Compact& call) {
-#pragma omp parallel for schedule(dynamic) if (call.kv_heads > 1)
+#pragma omp parallel for schedule(dynamic)
   for (int64_t item = 0; item < 2 * call.kv_heads; ++item) {
-    std::vector<T> held;
-    half<T>(call, item / 2, item % 2 ? call.values : call.keys, held);
+    const Order& order = item % 2 ? call.values : call.keys;
+    Half<T> half(call, order, item / 2);
+    if (!order.offsets && order.element == 1)
+      half.move_tokens();
+    else
+      half.move_elements();
   }
 }
 

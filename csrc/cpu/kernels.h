@@ -7,14 +7,23 @@ namespace {
 #include "product.h"
 #include "pages.h"
 #include "window_scores.h"
+#include "attend_pages.h"
 
 }  // namespace
 
-extern "C" void KVC_NAME(window_scores)(const WindowScores& call) {
-  if (call.type == BFLOAT16)
-    window_scores<BFloat16>(call);
-  else if (call.type == FLOAT8)
-    window_scores<Float8>(call);
-  else
-    window_scores<float>(call);
-}
+#define KVC_BY_TYPE(kernel, Call)                  \
+  extern "C" void KVC_NAME(kernel)(const Call& call) { \
+    switch (call.type) {                           \
+      case BFLOAT16:                               \
+        return kernel<BFloat16>(call);             \
+      case FLOAT16:                                \
+        return kernel<Float16>(call);              \
+      case FLOAT8:                                 \
+        return kernel<Float8>(call);               \
+      default:                                     \
+        return kernel<float>(call);                \
+    }                                              \
+  }
+
+KVC_BY_TYPE(window_scores, WindowScores)
+KVC_BY_TYPE(attend_pages, AttendPages)

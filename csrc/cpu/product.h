@@ -1,25 +1,22 @@
 // Small matrix products whose result stays in registers.
 
-constexpr int VECS = 4;
+constexpr int VECS = LANES == 16 ? 4 : 2;  // AVX-512 has twice as many registers
 constexpr int64_t TILE = VECS * LANES;  // columns of a tile
 
-// Where the columns of a tile are, a vector of them at a time.
-template <typename T>
-using Columns = const T* [VECS];
-
-// found[r][c] = sum over k of left[r * left_step + k] * right[c] + k * right_step, for
-// ROWS rows and TILE columns.
-template <int ROWS, typename T>
-KVC_INLINE void product(const float* left, int64_t left_step, const Columns<T>& right,
-                        int64_t right_step, int64_t count, Vec (&found)[ROWS][VECS]) {
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) found[r][v] = Vec{};
+// found[r][c] = sum over k of left[r * left_step + k] * right[k * right_step + c], for
+// ROWS rows and COUNT vectors of columns.
+template <int ROWS, int COUNT, typename Left, typename Right>
+KVC_INLINE void product(const Left* left, int64_t left_step, const Right* right,
+                        int64_t right_step, int64_t count, Vec (&found)[ROWS][COUNT]) {
+  Vec own[ROWS][COUNT] = {};
   for (int64_t k = 0; k < count; ++k) {
-    Vec column[VECS];
-    for (int v = 0; v < VECS; ++v) column[v] = load(right[v] + k * right_step);
+    decltype(load(right)) column[COUNT];
+    for (int v = 0; v < COUNT; ++v) column[v] = load(right + k * right_step + v * LANES);
     for (int r = 0; r < ROWS; ++r) {
-      const Vec factor = all(left[r * left_step + k]);
-      for (int v = 0; v < VECS; ++v) found[r][v] += factor * column[v];
+      const auto factor = all(left[r * left_step + k]);
+      for (int v = 0; v < COUNT; ++v) add_product(own[r][v], factor, column[v]);
     }
   }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < COUNT; ++v) found[r][v] = own[r][v];
 }

@@ -10,6 +10,7 @@ constexpr int64_t LANES = KVC_LANES;
 typedef float Vec __attribute__((vector_size(4 * KVC_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * KVC_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * KVC_LANES)));
+typedef _Float16 HalfFloats __attribute__((vector_size(2 * KVC_LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(KVC_LANES)));
 
 #define KVC_INLINE inline __attribute__((always_inline))
@@ -17,11 +18,16 @@ typedef uint8_t Bytes __attribute__((vector_size(KVC_LANES)));
 struct BFloat16 {
   uint16_t bits;
 };
+struct Float16 {
+  _Float16 value;
+};
 struct Float8 {  // e4m3fn
   uint8_t bits;
 };
 
 KVC_INLINE Vec all(float x) { return Vec{} + x; }
+
+KVC_INLINE void add_product(Vec& to, Vec factor, Vec column) { to += factor * column; }
 
 KVC_INLINE Vec load(const float* from) {
   Vec x;
@@ -35,6 +41,12 @@ KVC_INLINE Vec load(const BFloat16* from) {
   return (Vec)(__builtin_convertvector(x, IntVec) << 16);
 }
 
+KVC_INLINE Vec load(const Float16* from) {
+  HalfFloats x;
+  std::memcpy(&x, from, sizeof(x));
+  return __builtin_convertvector(x, Vec);
+}
+
 // Sign, exponent and mantissa move to where float32 has them; the exponent's bias
 // differs by 120, which a factor mends, for subnormals too. NaN has all bits set.
 KVC_INLINE Vec load(const Float8* from) {
@@ -46,7 +58,36 @@ KVC_INLINE Vec load(const Float8* from) {
   return (Vec)((IntVec)found | sign | nan);
 }
 
-KVC_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof(x)); }
+template <typename T, typename V>
+KVC_INLINE void store(T* to, V x) {
+  static_assert(sizeof(x) == LANES * sizeof(T), "one vector");
+  std::memcpy(to, &x, sizeof(x));
+}
+
+KVC_INLINE IntVec load_bits(const BFloat16* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof(x));
+  return __builtin_convertvector(x, IntVec);
+}
+
+// Two neighbouring elements of a vector, which one instruction multiplies by two others.
+struct Pair {
+  int32_t bits;
+};
+
+KVC_INLINE IntVec all(Pair x) { return IntVec{} + x.bits; }
+
+KVC_INLINE IntVec load(const Pair* from) {
+  IntVec x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+#ifdef KVC_PAIRS
+KVC_INLINE void add_product(Vec& to, IntVec factor, IntVec column) {
+  to = (Vec)_mm512_dpbf16_ps((__m512)to, (__m512bh)factor, (__m512bh)column);
+}
+#endif
 
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) {
@@ -55,6 +96,7 @@ inline float widen(BFloat16 x) {
   std::memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
+inline float widen(Float16 x) { return float(x.value); }
 inline float widen(Float8 x) {
   const int32_t low = (x.bits & 0x7f) << 20, sign = int32_t(x.bits >> 7) << 31;
   float wide;

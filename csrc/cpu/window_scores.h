@@ -3,22 +3,21 @@
 // largest logit and sum of exponentials, once for the votes.
 
 struct Window {
-  const int64_t* seen;   // [rows], tokens that it sees
-  int64_t rows, head_size;
+  const int64_t* seen;  // [rows], tokens that it sees
+  int64_t rows, units;  // of a query: its elements, or pairs of them
   float scale, softcap;
 };
 
-constexpr int ROWS = 6;        // of a product; its result fills the registers
+constexpr int ROWS = 6;         // of a product; its result fills the registers
 constexpr int64_t CHUNK = 512;  // tokens that are one task
 
-// Calls take(row, first token, logits) for all rows and tiles of a span of tokens.
-template <int N, typename T, typename Take>
-KVC_INLINE void rows_of_tile(const Window& window, const float* queries, int64_t row,
-                             const Columns<T>& keys, int64_t step, int64_t token,
-                             Take& take) {
+// Calls take(row, first token, logits) for N rows of a tile of keys.
+template <int N, typename Unit, typename Take>
+KVC_INLINE void rows_of_tile(const Window& window, const Unit* queries, int64_t row,
+                             const Unit* keys, int64_t token, Take& take) {
+  const int64_t units = window.units;
   Vec found[N][VECS];
-  product<N>(queries + row * window.head_size, window.head_size, keys, step,
-             window.head_size, found);
+  product<N, VECS>(queries + row * units, units, keys, TILE, units, found);
   for (int n = 0; n < N; ++n) {
     for (int v = 0; v < VECS; ++v) found[n][v] *= window.scale;
     if (window.softcap > 0)
@@ -33,48 +32,32 @@ KVC_INLINE void rows_of_tile(const Window& window, const float* queries, int64_t
   }
 }
 
-template <typename T, typename Take>
-KVC_INLINE void all_rows(const Window& window, const float* queries,
-                         const Columns<T>& keys, int64_t step, int64_t token,
-                         Take& take) {
-  int64_t row = 0;
-  for (; row + ROWS <= window.rows; row += ROWS)
-    rows_of_tile<ROWS>(window, queries, row, keys, step, token, take);
-  for (; row < window.rows; ++row)
-    rows_of_tile<1>(window, queries, row, keys, step, token, take);
-}
-
-template <typename T, typename Take>
-KVC_INLINE void all_tiles(const Window& window, const float* queries,
+// The same for all rows and the tiles of a span of tokens.
+template <typename T, typename Unit, typename Take>
+KVC_INLINE void all_tiles(const Window& window, const Unit* queries,
                           const HeadPages<T>& pages, int64_t first, int64_t end,
                           Take& take) {
-  std::vector<float> copied;
-  const bool in_place = pages.side_by_side();
-  if (!in_place) copied.resize(pages.head_size * TILE);
+  std::vector<Unit> keys(window.units * TILE);
   for (int64_t token = first; token < end; token += TILE) {
-    if (in_place) {
-      Columns<T> keys;
-      pages.columns(token, keys);
-      all_rows(window, queries, keys, pages.order.element, token, take);
-    } else {
-      pages.copy(token, copied.data());
-      Columns<float> keys;
-      for (int v = 0; v < VECS; ++v) keys[v] = copied.data() + v * LANES;
-      all_rows(window, queries, keys, TILE, token, take);
-    }
+    pages.tile(token, keys.data());
+    int64_t row = 0;
+    for (; row + ROWS <= window.rows; row += ROWS)
+      rows_of_tile<ROWS>(window, queries, row, keys.data(), token, take);
+    for (; row < window.rows; ++row)
+      rows_of_tile<1>(window, queries, row, keys.data(), token, take);
   }
 }
 
 // Each row's largest logit and the sum of exponentials below it, over one chunk.
-template <typename T>
-void chunk_sums(const Window& window, const float* queries, const HeadPages<T>& pages,
+template <typename T, typename Unit>
+void chunk_sums(const Window& window, const Unit* queries, const HeadPages<T>& pages,
                 int64_t first, int64_t end, float* most, float* sums) {
   constexpr float lowest = std::numeric_limits<float>::lowest();
   std::vector<float> tops(window.rows * LANES, lowest), totals(window.rows * LANES);
   auto take = [&](int64_t row, int64_t, const Vec (&logits)[VECS]) {
     const Vec top = load(&tops[row * LANES]);
-    const Vec high = larger(larger(larger(logits[0], logits[1]), top),
-                            larger(logits[2], logits[3]));
+    Vec high = top;
+    for (int v = 0; v < VECS; ++v) high = larger(high, logits[v]);
     Vec total = load(&totals[row * LANES]) * exp_of_negative(top - high);
     for (int v = 0; v < VECS; ++v) total += exp_of_negative(logits[v] - high);
     store(&tops[row * LANES], high);
@@ -89,8 +72,8 @@ void chunk_sums(const Window& window, const float* queries, const HeadPages<T>& 
 }
 
 // Votes for the tokens of one chunk, added to `scores`; a row's count for its share.
-template <typename T>
-void chunk_votes(const Window& window, const float* queries, const HeadPages<T>& pages,
+template <typename T, typename Unit>
+void chunk_votes(const Window& window, const Unit* queries, const HeadPages<T>& pages,
                  int64_t first, int64_t end, const float* most, const float* shares,
                  float* scores) {
   std::vector<float> votes(CHUNK);
@@ -105,9 +88,9 @@ void chunk_votes(const Window& window, const float* queries, const HeadPages<T>&
   std::copy(votes.begin(), votes.begin() + (end - first), scores + first);
 }
 
-template <typename T>
-void window_scores(const WindowScores& call) {
-  const Window window{call.seen, call.rows, call.head_size, call.scale, call.softcap};
+template <typename T, typename Unit>
+void scores_of(const WindowScores& call, const Unit* queries, int64_t units) {
+  const Window window{call.seen, call.rows, units, call.scale, call.softcap};
   const int64_t rows = call.rows, chunks = (call.tokens + CHUNK - 1) / CHUNK;
   const int64_t tasks = call.kv_heads * chunks;
   std::vector<float> most(tasks * rows), sums(tasks * rows);
@@ -121,14 +104,14 @@ void window_scores(const WindowScores& call) {
                              call.head_size,
                              call.tokens,
                              call.order};
-    run(head, call.queries + head * rows * call.head_size, pages, first,
+    run(head, queries + head * rows * units, pages, first,
         std::min(first + CHUNK, call.tokens));
   };
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < tasks; ++task)
-    on_chunk(task, [&](int64_t, const float* queries, const HeadPages<T>& pages,
+    on_chunk(task, [&](int64_t, const Unit* own, const HeadPages<T>& pages,
                        int64_t first, int64_t end) {
-      chunk_sums(window, queries, pages, first, end, &most[task * rows],
+      chunk_sums(window, own, pages, first, end, &most[task * rows],
                  &sums[task * rows]);
     });
   for (int64_t head = 0; head < call.kv_heads; ++head)
@@ -143,9 +126,36 @@ void window_scores(const WindowScores& call) {
     }
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < tasks; ++task)
-    on_chunk(task, [&](int64_t head, const float* queries, const HeadPages<T>& pages,
+    on_chunk(task, [&](int64_t head, const Unit* own, const HeadPages<T>& pages,
                        int64_t first, int64_t end) {
-      chunk_votes(window, queries, pages, first, end, &tops[head * rows],
+      chunk_votes(window, own, pages, first, end, &tops[head * rows],
                   &shares[head * rows], call.scores + head * call.tokens);
     });
+}
+
+#ifdef KVC_PAIRS
+// Queries as pairs; none if one has more digits than keys have.
+inline std::vector<Pair> paired(const WindowScores& call) {
+  const int64_t D = call.head_size, units = (D + 1) / 2;
+  std::vector<Pair> pairs(call.kv_heads * call.rows * units);
+  for (int64_t i = 0; i < call.kv_heads * call.rows * D; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, call.queries + i, sizeof(bits));
+    if (bits & 0xffff) return {};
+    pairs[i / D * units + i % D / 2].bits |= i % D % 2 ? bits : bits >> 16;
+  }
+  return pairs;
+}
+#endif
+
+template <typename T>
+void window_scores(const WindowScores& call) {
+#ifdef KVC_PAIRS
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const std::vector<Pair> pairs = paired(call);
+    if (!pairs.empty())
+      return scores_of<T>(call, pairs.data(), (call.head_size + 1) / 2);
+  }
+#endif
+  scores_of<T>(call, call.queries, call.head_size);
 }

@@ -15,8 +15,13 @@ import torch
 from .pages import Elements, PagedKeys
 from .providers import Setting
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
-LEVELS = ("baseline", "AVX2", "AVX-512")
+_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float8_e4m3fn: 2,
+    torch.float16: 3,
+}
+LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 
 
 def _load() -> Any:
@@ -54,6 +59,27 @@ class _WindowScores(Structure):
     )
 
 
+class _AttendPages(Structure):
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in (
+                *("cache", "blocks", "starts", "lens", "query", "scales", "output"),
+            )
+        ),
+        *(
+            (name, c_int64)
+            for name in (
+                *("type", "half_scales", "rows", "kv_heads", "group", "head_size"),
+                *("block_size", "block_step", "head_step", "scales_step", "tasks"),
+            )
+        ),
+        ("keys", _Order),
+        ("values", _Order),
+        *((name, c_float) for name in ("scale", "softcap")),
+    )
+
+
 class _Compact(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("cache", "source", "kept", "target")),
@@ -69,7 +95,11 @@ class _Compact(Structure):
     )
 
 
-for _name, _struct in (("window_scores", _WindowScores), ("compact", _Compact)):
+for _name, _struct in (
+    ("window_scores", _WindowScores),
+    ("attend_pages", _AttendPages),
+    ("compact", _Compact),
+):
     _function = getattr(_library, f"kvc_{_name}")
     _function.argtypes, _function.restype = (POINTER(_struct),), None
 _library.kvc_select.argtypes = (c_void_p, *[c_int64] * 4, c_void_p)
@@ -91,7 +121,9 @@ def refusal(setting: Setting, operation: str | None) -> str | None:
     if setting.device.type != "cpu":
         return f"runs on no {setting.device.type}"
     types = {pages.dtype for pages in setting.pages}
-    if operation == "window_scores" and (other := types - _TYPES.keys()):
+    if operation in ("window_scores", "attend_pages") and (
+        other := types - _TYPES.keys()
+    ):
         return f"does not read {other.pop()}"
     return None
 
@@ -143,6 +175,42 @@ def window_scores(
     return scores
 
 
+def attend_pages(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    halves: Sequence[Elements],
+    blocks: torch.Tensor,
+    starts: torch.Tensor,
+    lens: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """See `attend_pages.attend_pages`."""
+    rows, query_heads, head_size = query.shape
+    kv_heads, block_size = cache.shape[1:3]
+    query = query.float().contiguous()
+    blocks, starts, lens = (x.contiguous() for x in (blocks, starts, lens))
+    output = torch.empty_like(query)
+    orders, alive = zip(*(_order(half, cache) for half in halves), strict=True)
+    call = _AttendPages(
+        *(x.data_ptr() for x in (cache, blocks, starts, lens, query, scales, output)),
+        _TYPES[cache.dtype],
+        scales.dtype == torch.float16,
+        *(rows, kv_heads, query_heads // kv_heads, head_size, block_size),
+        *cache.stride()[:2],
+        scales.stride(0),
+        4 * torch.get_num_threads(),
+        *orders,
+        scale,
+        softcap,
+    )
+    _library.kvc_attend_pages(call)
+    del alive
+    return output
+
+
 def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     """See `select.select`."""
     scores = scores.float()
@@ -179,6 +247,7 @@ def compact(
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     "window_scores": window_scores,
+    "attend_pages": attend_pages,
     "select": select,
     "compact": compact,
 }
