@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint bench sweep model clean
+.PHONY: help setup demo test test-slow test-kvpress lint sanitize bench sweep model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: setup ## the C++ kernels' tests under ASan and UBSan
+	$(BIN)/python scripts/sanitize_kernels.py
 
 bench: setup ## measure; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)

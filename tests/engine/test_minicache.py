@@ -73,11 +73,8 @@ def test_logits_are_the_dense_models(served: Any, deep_llama: Path) -> None:
     _check(llm, DenseLlama(deep_llama), settings)
 
 
-def test_pages_are_restored_without_a_compiler(
-    deep_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm_kvcompress.engine.restore.attend_pages", lambda: None)
-    settings = {"method": "minicache", **COURSES["default"]}
+def test_pages_are_restored_without_a_kernel(deep_llama: Path) -> None:
+    settings = {"method": "minicache", "kernels": "torch", **COURSES["default"]}
     with engine(deep_llama, additional_config={"kv_compression": settings}) as llm:
         _check(llm, DenseLlama(deep_llama), settings)
 

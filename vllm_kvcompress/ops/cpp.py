@@ -5,6 +5,7 @@ threads are torch's, whose OpenMP is already loaded.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -25,10 +26,11 @@ LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 
 
 def _load() -> Any:
-    found = sorted(Path(__file__).parents[1].glob("_cpu*.so"))
-    if not found:
+    built = map(str, sorted(Path(__file__).parents[1].glob("_cpu*.so")))
+    path = os.environ.get("VLLM_KVCOMPRESS_CPU_LIBRARY") or next(built, None)
+    if path is None:
         raise ImportError("was not compiled; install again with a C++ compiler")
-    return ctypes.CDLL(str(found[0]))
+    return ctypes.CDLL(path)
 
 
 _library = _load()
