@@ -36,6 +36,8 @@ def _layer(name: str, kv_cache_dtype: str, cache: Any) -> Any:
         layer_name=name,
         _k_scale=torch.tensor(SCALES[name][0]),
         _v_scale=torch.tensor(SCALES[name][1]),
+        _k_scale_float=SCALES[name][0],
+        _v_scale_float=SCALES[name][1],
     )
 
 
@@ -146,11 +148,49 @@ def case(kv_cache_dtype: str, *, alike: bool = False) -> dict[str, Any]:
     return {"moved": moved, "errors": errors}
 
 
+def kept(kv_cache_dtype: str) -> dict[str, Any]:
+    """Move kept tokens into other pages, and read vectors where they lie.
+
+    Returns:
+        ``moved``: rows are the same, bit for bit, scales among them. ``read``: so are
+        the vectors that methods are given, but for scales.
+    """
+    import torch
+
+    from vllm_kvcompress.engine.page_formats import pages_of
+
+    generator = torch.Generator().manual_seed(0)
+    layer = _pair(kv_cache_dtype)[0]
+    pages, source, target = pages_of(layer), torch.tensor([4, 1, 6]), torch.tensor([2])
+    new = torch.randn(2, 3 * BLOCK, HEADS, HEAD_SIZE, generator=generator)
+    slots = (source[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+    layer.impl.do_kv_cache_update(layer, *new, layer.kv_cache, slots)
+    drawn = torch.rand(HEADS, 3 * BLOCK, generator=generator)
+    best = drawn.topk(BLOCK).indices.sort()[0]
+    rows = [pages.take(half, source) for half in (0, 1)]
+    read = [pages.vectors(half, source.expand(HEADS, -1), 40) for half in (0, 1)]
+    alike = all(
+        torch.equal(own.dense(), pages.decode(half, rows[half])[:, :40])
+        for half, own in enumerate(read)
+    )
+    pages.compact(source, best, target)
+    head = torch.arange(HEADS)[:, None]
+    moved = all(
+        torch.equal(pages.take(half, target), rows[half][head, best]) for half in (0, 1)
+    )
+    return {"moved": moved, "read": alike}
+
+
 def main(output: str) -> None:
     """Run all cases."""
     v2_harness.boot(v2=True)
     results = {
-        name: {"apart": case(name), "alike": case(name, alike=True)} for name in FORMATS
+        name: {
+            "apart": case(name),
+            "alike": case(name, alike=True),
+            "kept": kept(name),
+        }
+        for name in FORMATS
     }
     Path(output).write_text(json.dumps(results))
 

@@ -10,6 +10,7 @@ from tests.dense import DenseLlama
 from tests.engine.conftest import (
     BLOCK,
     Recording,
+    calibrate,
     engine,
     free_blocks,
     generate,
@@ -17,6 +18,7 @@ from tests.engine.conftest import (
 )
 from tests.engine.serving import fits
 from tests.matrix import METHODS
+from tests.quantised import fp8_cut
 from vllm_kvcompress import stats
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.methods.base import Scorer
@@ -32,16 +34,44 @@ APART = [e for e in METHODS if not KVCompressionConfig.from_dict(e).scorer.merge
 
 @pytest.mark.parametrize("settings", APART, ids=str)
 def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> None:
+    with engine(llama, additional_config={"kv_compression": settings}) as llm:
+        _check(llm, DenseLlama(llama), settings, recording, 5e-4)
+
+
+# By attention, by keys alone, by head, by tier, and by values too.
+QUANTISED = ["snapkv", "keydiff", "ada_snapkv", "pyramidinfer", "rkv"]
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_method_reads_8_bit_floats(
+    llama: Path, method: str, recording: Recording
+) -> None:
+    """Every layer has scales of its own, as a calibrated model's have."""
+    settings = next(own for own in APART if own["method"] == method)
+    config = {"kv_compression": settings}
+    with engine(llama, additional_config=config, kv_cache_dtype="fp8") as llm:
+        scales = calibrate(llm)
+        model = DenseLlama(llama)
+        model.stored = lambda x, layer, half: fp8_cut(x, scales[layer][half])
+        _check(llm, model, settings, recording, 5e-3)
+
+
+def _check(
+    llm: Any,
+    model: DenseLlama,
+    settings: dict[str, Any],
+    recording: Recording,
+    tolerance: float,
+) -> None:
+    """Memory, counters, kept sets and logits of prompts of several lengths."""
     config = KVCompressionConfig.from_dict(settings)
-    model = DenseLlama(llama)
     shrunk = {n: found for n in LENGTHS if (found := fits(config, config.method, n))}
     assert shrunk
     done = [(length, f) for length in shrunk for f in shrunk[length].values()]
-    with engine(llama, additional_config={"kv_compression": settings}) as llm:
-        before = free_blocks(llm)
-        answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], 8)
-        assert free_blocks(llm) == before
-        counted = stats(llm)
+    before = free_blocks(llm)
+    answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], 8)
+    assert free_blocks(llm) == before
+    counted = stats(llm)
     assert counted["compressions"] == len(done)
     assert counted["blocks_freed"] == sum(f.freed_blocks for _, f in done)
     assert counted["tokens_evicted"] == counted["blocks_freed"] * BLOCK
@@ -70,7 +100,7 @@ def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> 
         dense = model.decode(
             model.prefill(prompt(length, seed=length)), answer.tokens, visible
         )
-        assert float((dense - answer.logprobs).abs().max()) < 5e-4
+        assert float((dense - answer.logprobs).abs().max()) < tolerance
     assert next(kept, None) is None
 
 

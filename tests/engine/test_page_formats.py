@@ -1,4 +1,4 @@
-"""Merged tokens in pages of every format, as vLLM writes them and layers read them.
+"""Merged and kept tokens in pages of every format: vLLM writes, layers read them.
 
 See `page_cases` for what runs, in a process of its own.
 """
@@ -42,8 +42,8 @@ def test_merged_tokens_are_a_step_off(
     results: dict[str, Any], kv_cache_dtype: str
 ) -> None:
     """Of float merging; layers of one direction are restored."""
-    for case in results[kv_cache_dtype].values():
-        assert max(case["errors"]) < STEPS[kv_cache_dtype]
+    for case in ("apart", "alike"):
+        assert max(results[kv_cache_dtype][case]["errors"]) < STEPS[kv_cache_dtype]
 
 
 @pytest.mark.parametrize("kv_cache_dtype", STEPS)
@@ -51,3 +51,10 @@ def test_retained_tokens_move_bit_for_bit(
     results: dict[str, Any], kv_cache_dtype: str
 ) -> None:
     assert results[kv_cache_dtype]["apart"]["moved"]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", STEPS)
+def test_kept_tokens_move_and_are_read(
+    results: dict[str, Any], kv_cache_dtype: str
+) -> None:
+    assert results[kv_cache_dtype]["kept"] == {"moved": True, "read": True}

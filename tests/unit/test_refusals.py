@@ -85,8 +85,13 @@ def test_accepted(model: Path) -> None:
         ({}, {"runner": "pooling"}, ["pooling models"]),
         (
             {},
-            {"kv_cache_dtype": "fp8"},
-            ["--kv-cache-dtype fp8 and method=snapkv", "auto", "minicache"],
+            {"kv_cache_dtype": "int4_per_token_head"},
+            ["int4_per_token_head and method=snapkv", "auto or fp8", "minicache"],
+        ),
+        (
+            {"method": "ada_snapkv"},
+            {"kv_cache_dtype": "int8_per_token_head"},
+            ["int8_per_token_head and method=ada_snapkv", "auto or fp8"],
         ),
         (
             {},

@@ -107,7 +107,8 @@ def _derive(base: type[AttentionBackend]) -> type[AttentionBackend]:
             **kwargs: Any,
         ) -> Any:
             if window := getattr(layer, "observation_window", None):
-                window.capture(query, getattr(attn_metadata, "given_tokens", None))
+                given = getattr(attn_metadata, "given_tokens", None)
+                window.capture(query, given, layer._q_scale)
             forward: Callable[..., Any] = super().forward
             if kv_heads := getattr(attn_metadata, "kv_heads", 0):
                 one_head = functools.partial(impl_base.forward, self._one_head)

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from . import compat, metrics, requests
-from .page_formats import QUANTISED, UNQUANTISED
+from .page_formats import QUANTISED, UNQUANTISED, has_scales
 from .pruner import PRUNABLE
 from .worker import WORKERS
 
@@ -56,7 +56,16 @@ def _refusals(
     smallest = config.smallest_budget(block_size)
     least = min(config.budgets, default=smallest)
     merges_all = isinstance(config.scorer, MiniCache) and config.scorer.over is None
-    readable = (*UNQUANTISED, *(QUANTISED if merges_all else ()))
+    # 4-bit codes are of rotated vectors, which no query here is; heads that hold
+    # unequally many tokens have no scales of their own.
+    uneven = any(scorer.uneven for scorer in config.scorers.values())
+    readable = [
+        name
+        for name in (*UNQUANTISED, *QUANTISED)
+        if merges_all
+        or not name.startswith("int4")
+        and not (uneven and has_scales(name))
+    ]
     prunes = any(scorer.prunes for scorer in config.scorers.values())
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
@@ -67,7 +76,7 @@ def _refusals(
             cache.cache_dtype not in readable,
             f"--kv-cache-dtype {cache.cache_dtype}"
             + f" and method={config.method}" * (cache.cache_dtype in QUANTISED),
-            "use --kv-cache-dtype auto"
+            "use --kv-cache-dtype auto or fp8"
             + ", or method=minicache without over" * (cache.cache_dtype in QUANTISED),
         ),
         (

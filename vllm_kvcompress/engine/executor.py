@@ -15,18 +15,16 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
-from ..ops.compact import compact
-from ..ops.pages import PagedKeys
 from ..ops.providers import ProviderError, Setting, choose
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
 from .layers import paired_layers, rate, reads_from
-from .layout import kernel_blocks, page_layout, pages_met
+from .layout import kernel_blocks
 from .merging import Part, merge_layers
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
-from .page_formats import find_scales
+from .page_formats import KEYS, VALUES, find_scales, pages_met, pages_of
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
@@ -281,19 +279,19 @@ class CompressionExecutor:
         private = named.to(self._device, non_blocking=True)
         by_head: list[HeldLayer] = []
         for layer in group.layers:
-            cache, layout = layer.kv_cache, page_layout(layer)
+            cache, pages = layer.kv_cache, pages_of(layer)
             source = kernel_blocks(row, group.block_size // cache.shape[2])
             target = kernel_blocks(private, group.block_size // cache.shape[2])
             queries = values = None
             if scorer.needs_queries:
                 queries = observed(layer, request_id, directive.window)
             if scorer.uneven:  # by what all layers together want
-                by_head.append(HeldLayer(layer, layout, queries))
+                by_head.append(HeldLayer(layer, pages_of(layer, True), queries))
                 continue
+            held = source.expand(cache.shape[1], -1)
             if scorer.needs_values:
-                values = layout.values.take(cache, source)[:, :num_tokens]
-            pages = source.expand(cache.shape[1], -1)
-            keys = PagedKeys(cache, layout.keys, pages, num_tokens)
+                values = pages.vectors(VALUES, held, num_tokens).dense()
+            keys = pages.vectors(KEYS, held, num_tokens)
             scores = rate(scorer, layer, queries, keys, values)[:, :candidates]
             if directive.candidates:
                 first, end = directive.candidates
@@ -303,7 +301,7 @@ class CompressionExecutor:
                 scores = scores[:, stay * cache.shape[2] :]
                 source, target = source[stay:], target[stay:]
             kept = select(scores, len(target) * cache.shape[2])
-            compact(cache, (layout.keys, layout.values), source, kept, target)
+            pages.compact(source, kept, target)
         if isinstance(group.rows, HeadPages) and by_head:
             keep_by_head(
                 scorer,

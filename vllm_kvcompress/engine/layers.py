@@ -46,6 +46,7 @@ def compress_layers(vllm_config: VllmConfig) -> None:
                     f"{KEY}: layer {reader.layer_name} uses {reason}, which cannot be "
                     "compressed yet; start without --kv-compression"
                 )
+            _check_scales(reader)
             if uneven:
                 _read_by_head(reader, config.method)
     if not layers:
@@ -110,6 +111,16 @@ def _read_by_head(layer: Any, method: str) -> None:
     layer.attn_backend = head_major(layer.attn_backend)
 
 
+def _check_scales(layer: Any) -> None:
+    backend = layer.attn_backend.get_name()
+    if has_scales(layer.kv_cache_dtype) and backend != "TRITON_ATTN":
+        raise ConfigError(
+            f"{KEY}: the attention backend {backend} does not work with "
+            f"--kv-cache-dtype {layer.kv_cache_dtype}; give "
+            "--attention-backend TRITON_ATTN or --kv-cache-dtype fp8"
+        )
+
+
 def _check_pairs(
     config: KVCompressionConfig, layers: Sequence[Any], vllm_config: VllmConfig
 ) -> None:
@@ -122,12 +133,6 @@ def _check_pairs(
                     f"{KEY}: method={config.method} does not work with the attention "
                     f"backend {backend}; give --attention-backend "
                     f"{' or '.join(READERS)}, or choose another method"
-                )
-            if has_scales(layer.kv_cache_dtype) and backend != "TRITON_ATTN":
-                raise ConfigError(
-                    f"{KEY}: the attention backend {backend} does not work with "
-                    f"--kv-cache-dtype {layer.kv_cache_dtype}; give "
-                    "--attention-backend TRITON_ATTN or --kv-cache-dtype fp8"
                 )
         names = [layer.layer_name for layer in (shallow, deep)]
         places = [extract_layer_index(name) for name in names]

@@ -15,7 +15,6 @@ import torch
 from vllm import _custom_ops as ops
 
 from ..ops.pages import Elements
-from ..ops.providers import Pages
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,6 @@ def page_layout(layer: Any) -> PageLayout:
     if isa is None:
         return _rows(block_size, head_size)
     return _cpu_pages(isa, cache.dtype, block_size, head_size)
-
-
-def pages_met(layer: Any) -> Pages:
-    """What kernels are told of the pages of a layer."""
-    cache, layout = layer.kv_cache, page_layout(layer)
-    return Pages(
-        cache.dtype,
-        cache.shape[2],
-        cache.shape[3] // 2,
-        layout.keys.strides(cache),
-        layout.values.strides(cache),
-    )
 
 
 @functools.cache

@@ -27,7 +27,12 @@ class ObservationWindow:
     def __bool__(self) -> bool:
         return bool(self.spans)
 
-    def capture(self, query: torch.Tensor, tokens: np.ndarray | None = None) -> None:
+    def capture(
+        self,
+        query: torch.Tensor,
+        tokens: np.ndarray | None = None,
+        factor: torch.Tensor | float = 1.0,
+    ) -> None:
         """Copy the spans out of a batch's queries ``[tokens, heads, head_size]``.
 
         Where a layer runs twice over the same tokens, the last time counts.
@@ -35,6 +40,7 @@ class ObservationWindow:
         Args:
             query: The queries.
             tokens: Which tokens of the batch they are, ascending; None = all.
+            factor: What queries are multiplied by, where they are codes.
         """
         for span in self.spans:
             request_id, first, end = span
@@ -46,7 +52,9 @@ class ObservationWindow:
             if chunks and self._latest.get(request_id) is span:
                 chunks.pop()
             self._latest[request_id] = span
-            chunks.append(query[first:end].clone())
+            own = query[first:end]
+            codes = own.dtype.itemsize == 1
+            chunks.append(own.float() * factor if codes else own.clone())
 
     def of(self, request_id: str, count: int) -> torch.Tensor:
         """A request's latest queries, ``[count, query_heads, head_size]``."""

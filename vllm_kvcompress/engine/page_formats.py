@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from ..ops.compact import compact
+from ..ops.pages import PagedKeys
+from ..ops.providers import Pages as Met
 from .layout import page_layout
+from .one_head import one_head
 
 UNQUANTISED = ("auto", "bfloat16", "float16", "float32")
 KEYS, VALUES = 0, 1
@@ -22,16 +26,28 @@ _NIBBLE = 15
 class Pages:
     """Pages of vectors, and what formats of codes have in common with them."""
 
-    def __init__(self, layer: Any) -> None:
-        """Look at the KV cache of an attention layer, once it is bound."""
+    def __init__(self, layer: Any, by_head: bool = False) -> None:
+        """Look at the KV cache of an attention layer, once it is bound.
+
+        Args:
+            layer: vLLM's.
+            by_head: Whether its blocks are dealt out to heads, see `one_head`.
+        """
         self.layer, self.cache = layer, layer.kv_cache
+        if by_head:
+            self.cache = one_head(self.cache)
         layout = page_layout(layer)
-        self._halves = (layout.keys, layout.values)
+        self.halves = (layout.keys, layout.values)
 
     @property
     def block_size(self) -> int:
         """Tokens per block."""
         return self.cache.shape[2]
+
+    @property
+    def code_type(self) -> torch.dtype:
+        """What elements are, in memory that may be of another type."""
+        return self.cache.dtype
 
     def take(self, half: int, blocks: torch.Tensor) -> torch.Tensor:
         """Copy all tokens of some blocks.
@@ -43,11 +59,38 @@ class Pages:
         Returns:
             Rows, ``[kv_heads, count * block_size, row]`` in the cache's type.
         """
-        return self._halves[half].take(self.cache, blocks)
+        return self.halves[half].take(self.cache, blocks)
 
     def write(self, half: int, blocks: torch.Tensor, rows: torch.Tensor) -> None:
         """Fill whole blocks, distinct ones, with rows as from `take`."""
-        self._halves[half].write(self.cache, blocks, rows)
+        self.halves[half].write(self.cache, blocks, rows)
+
+    def compact(
+        self, source: torch.Tensor, kept: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Copy kept rows into whole blocks, see `compact.compact`."""
+        compact(self.cache, self.halves, source, kept, target)
+
+    def vectors(self, half: int, blocks: torch.Tensor, tokens: int) -> PagedKeys:
+        """The vectors that attention sees, where they lie if they lie there.
+
+        Args:
+            half: KEYS or VALUES.
+            blocks: ``[kv_heads, count]`` int64.
+            tokens: How many of theirs are wanted.
+        """
+        return PagedKeys(
+            self.codes, self.halves[half], blocks, tokens, self.factor(half)
+        )
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The cache, its elements as what they are."""
+        return self.cache.view(self.code_type)
+
+    def factor(self, half: int) -> float:
+        """What all elements of keys, or of values, are multiplied by."""
+        return 1.0
 
     def decode(self, half: int, rows: torch.Tensor) -> torch.Tensor:
         """The vectors that attention sees, ``[kv_heads, tokens, head_size]``."""
@@ -56,10 +99,6 @@ class Pages:
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
         """Rows of vectors, of whole blocks' tokens; the inverse of `decode`."""
         return [vectors.to(self.cache.dtype) for vectors in (keys, values)]
-
-    def scale(self, half: int) -> torch.Tensor | float:
-        """What all codes of the layer's keys, or values, are multiplied by."""
-        return 1.0
 
     def share(
         self,
@@ -79,7 +118,7 @@ class Pages:
             ratio: ``[kv_heads, count * block_size]`` float32.
         """
         factors = self.layer.page_scales[half]
-        ratio = ratio * (owner.scale(half) / self.scale(half))
+        ratio = ratio * (owner.factor(half) / self.factor(half))
         factors[blocks] = self._paged(ratio).to(factors.dtype)
 
     def _paged(self, scales: torch.Tensor) -> torch.Tensor:
@@ -90,17 +129,22 @@ class Pages:
 class Fp8Pages(Pages):
     """8-bit floats with one scale for all keys of a layer, and one for all values."""
 
-    def scale(self, half: int) -> torch.Tensor:
-        return (self.layer._k_scale, self.layer._v_scale)[half]
-
     def decode(self, half: int, rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(current_platform.fp8_dtype()).float() * self.scale(half)
+        return rows.view(self.code_type).float() * self.factor(half)
+
+    @property
+    def code_type(self) -> torch.dtype:
+        return current_platform.fp8_dtype()
+
+    def factor(self, half: int) -> float:
+        factors = (self.layer._k_scale_float, self.layer._v_scale_float)
+        return float(factors[half])
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        kind = current_platform.fp8_dtype()
+        kind = self.code_type
         largest = torch.finfo(kind).max
         return [
-            (vectors / self.scale(half))
+            (vectors / self.factor(half))
             .clamp(-largest, largest)
             .to(kind)
             .view(self.cache.dtype)
@@ -113,13 +157,16 @@ class ScaledPages(Pages):
 
     @property
     def code_type(self) -> torch.dtype:
-        """What codes are, in bytes of another type."""
         return torch.int8
 
     @property
     def _caches(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales ``[num_blocks, block_size, kv_heads]`` float32, wherever they are."""
         return self.layer.impl._k_scale_cache, self.layer.impl._v_scale_cache
+
+    def vectors(self, half: int, blocks: torch.Tensor, tokens: int) -> PagedKeys:
+        rows = self.take(half, blocks[0])[:, :tokens]
+        return PagedKeys.of(self.decode(half, rows))
 
     def take(self, half: int, blocks: torch.Tensor) -> torch.Tensor:
         rows = super().take(half, blocks).contiguous()
@@ -241,9 +288,16 @@ _FORMATS: dict[str, type[Pages]] = {
 QUANTISED = tuple(name for name in _FORMATS if name not in UNQUANTISED)
 
 
-def pages_of(layer: Any) -> Pages:
-    """The pages of an attention layer whose KV cache is bound."""
-    return _FORMATS[layer.kv_cache_dtype](layer)
+def pages_of(layer: Any, by_head: bool = False) -> Pages:
+    """The pages of an attention layer whose KV cache is bound, see `Pages`."""
+    return _FORMATS[layer.kv_cache_dtype](layer, by_head)
+
+
+def pages_met(layer: Any) -> Met:
+    """What kernels are told of the pages of a layer."""
+    pages, cache = pages_of(layer), layer.kv_cache
+    strides = [half.strides(cache) for half in pages.halves]
+    return Met(pages.code_type, cache.shape[2], cache.shape[3] // 2, *strides)
 
 
 def has_scales(kv_cache_dtype: str) -> bool:

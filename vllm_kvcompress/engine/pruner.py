@@ -19,7 +19,8 @@ from ..methods.base import Scorer
 from ..ops.select import select
 from ..plan import Compress, StepPlan
 from .layers import rate
-from .layout import kernel_blocks, page_layout
+from .layout import kernel_blocks
+from .page_formats import KEYS, pages_of
 
 # Models whose decoder layers take (positions, hidden_states, residual).
 PRUNABLE = (
@@ -199,7 +200,7 @@ class Pruner:
             self._scorers[do.scorer],
             attention,
             attention.observation_window.of(row.request_id, do.window),
-            page_layout(attention).keys.take(cache, blocks)[:, :count],
+            pages_of(attention).vectors(KEYS, blocks.expand(cache.shape[1], -1), count),
             None,
         )
         candidates = count - do.num_tokens % below.block_size

@@ -144,21 +144,22 @@ def attend_restored(
     for part in parts:
         own = query[part.tokens]
         if part.decodes and attend_pages.provider != TORCH:
-            layout = page_layout(layer)
+            pages = pages_of(layer)
             found = attend_pages(
                 own,
-                layer.kv_cache,
-                (layout.keys, layout.values),
+                pages.codes,
+                pages.halves,
                 part.blocks,
                 part.starts,
                 part.lens,
                 layer.page_scales,
-                scale=layer.impl.scale,
+                scale=layer.impl.scale * pages.factor(KEYS),
                 softcap=layer.impl.logits_soft_cap or 0.0,
             )
+            found *= pages.factor(VALUES)
         elif layer.kv_cache_dtype in UNQUANTISED:
-            pages, found = _restore(layer, part.blocks), torch.empty_like(own)
-            forward(layer, own, key, value, pages, part.metadata, found)
+            restored, found = _restore(layer, part.blocks), torch.empty_like(own)
+            forward(layer, own, key, value, restored, part.metadata, found)
         else:
             found = _attend(layer, own, part)
         output[part.tokens] = found.to(output.dtype)

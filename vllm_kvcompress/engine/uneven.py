@@ -13,13 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..methods.base import Scorer
-from ..ops.compact import compact
-from ..ops.pages import Elements, PagedKeys
 from ..ops.select import select_each
 from .head_pages import HeadPages
 from .layers import rate
-from .layout import PageLayout
-from .one_head import one_head
+from .page_formats import KEYS, VALUES, Pages
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,13 @@ class HeldLayer:
 
     Attributes:
         layer: vLLM's.
-        layout: The order in its pages.
+        pages: Its pages, by head.
         queries: ``[window, query_heads, head_size]``, None if not needed.
     """
 
     layer: Any
-    layout: PageLayout
+    pages: Pages
     queries: torch.Tensor | None
-
-    @property
-    def cache(self) -> torch.Tensor:
-        """``[num_blocks, kv_heads, block_size, 2 * head_size]``."""
-        return self.layer.kv_cache
 
 
 def keep_by_head(
@@ -64,7 +56,7 @@ def keep_by_head(
         rows: Knows which head has which pages, and learns of the new ones.
         request_id: Whose blocks they are.
     """
-    _, kv_heads, block_size, _ = layers[0].cache.shape
+    _, kv_heads, block_size, _ = layers[0].layer.kv_cache.shape
     held = rows.held(request_id, source)
     spare, tail = len(source) * block_size - num_tokens, num_tokens - candidates
     scores = [_scores(scorer, layer, held, spare, tail) for layer in layers]
@@ -77,9 +69,7 @@ def keep_by_head(
         kept = torch.cat(
             [own + start for own, start in zip(best, starts, strict=False)]
         )
-        cache = one_head(layer.cache)
-        halves = (layer.layout.keys, layer.layout.values)
-        compact(cache, halves, torch.cat(held), kept[None], pages)
+        layer.pages.compact(torch.cat(held), kept[None], pages)
 
 
 def _scores(
@@ -89,21 +79,19 @@ def _scores(
 
     Heads that hold equally many tokens are scored at once.
     """
-    cache, found = one_head(layer.cache), list[torch.Tensor]()
+    found = list[torch.Tensor]()
     alike = len({len(own) for own in held}) == 1
     parts = [held] if alike else [[own] for own in held]
 
-    def held_in(half: Elements, part: list[torch.Tensor]) -> PagedKeys:
-        pages = torch.stack(part)
-        return PagedKeys(cache, half, pages, pages.shape[1] * cache.shape[2] - spare)
-
     for index, part in enumerate(parts):
+        blocks = torch.stack(part)
+        tokens = blocks.shape[1] * layer.pages.block_size - spare
         queries = values = None
         if layer.queries is not None:
             queries = layer.queries.chunk(len(parts), dim=1)[index]
         if scorer.needs_values:
-            values = held_in(layer.layout.values, part).dense()
-        keys = held_in(layer.layout.keys, part)
+            values = layer.pages.vectors(VALUES, blocks, tokens).dense()
+        keys = layer.pages.vectors(KEYS, blocks, tokens)
         scores = rate(scorer, layer.layer, queries, keys, values)
         found += scores[:, : scores.shape[1] - tail].unbind()
     return pad_sequence(found, batch_first=True, padding_value=float("-inf"))

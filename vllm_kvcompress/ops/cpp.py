@@ -169,7 +169,7 @@ def window_scores(
         cache.stride(1) if cache.shape[1] > 1 else 0,
         blocks.shape[1],
         order,
-        scale,
+        scale * held.factor,
         softcap,
     )
     _library.kvc_window_scores(call)

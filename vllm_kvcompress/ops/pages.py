@@ -142,12 +142,14 @@ class PagedKeys:
         elements: Their order in a page.
         blocks: ``[kv_heads, count]`` int64, the pages that hold them.
         tokens: How many there are; the last page may hold fewer than others.
+        factor: What elements are multiplied by, 1 if they are no codes.
     """
 
     cache: torch.Tensor
     elements: Elements
     blocks: torch.Tensor
     tokens: int
+    factor: float = 1.0
 
     @classmethod
     def of(cls, keys: torch.Tensor) -> "PagedKeys":
@@ -163,8 +165,12 @@ class PagedKeys:
         return torch.Size([len(self.blocks), self.tokens, self.elements.head_size])
 
     def dense(self) -> torch.Tensor:
-        """A copy, ``[kv_heads, tokens, head_size]``."""
-        if len(self.blocks) == self.cache.shape[1]:
-            return self.elements.take(self.cache, self.blocks[0])[:, : self.tokens]
-        taken = self.elements.take(self.cache, self.blocks.flatten())[0]
-        return taken.unflatten(0, (len(self.blocks), -1))[:, : self.tokens]
+        """A copy, ``[kv_heads, tokens, head_size]``; of codes in float32."""
+        heads = len(self.blocks)
+        if heads == self.cache.shape[1]:
+            taken = self.elements.take(self.cache, self.blocks[0])
+        else:
+            taken = self.elements.take(self.cache, self.blocks.flatten())[0]
+            taken = taken.unflatten(0, (heads, -1))
+        taken = taken[:, : self.tokens]
+        return taken.float() * self.factor if taken.dtype.itemsize == 1 else taken
