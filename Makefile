@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint sanitize bench sweep model clean
+.PHONY: help setup demo test test-slow test-kvpress lint sanitize bench bench-kernels sweep model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ sanitize: setup ## the C++ kernels' tests under ASan and UBSan
 
 bench: setup ## measure; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)
+
+bench-kernels: setup ## measure all kernels; ARGS="--csv FILE"
+	$(BIN)/python scripts/bench_kernels.py $(ARGS)
 
 sweep: setup ## accuracy over budget of all methods, on the bundled model
 	$(BIN)/kvcompress sweep --json build/sweep/result.json --plot build/sweep/sweep.png $(ARGS)

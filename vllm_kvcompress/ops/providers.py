@@ -8,7 +8,7 @@ has its KV caches: the first that can, in the order of `PROVIDERS`.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -127,6 +127,17 @@ def choose(setting: Setting, wanted: str | Mapping[str, str] = AUTO) -> None:
                 )
             refusals.setdefault(f"{provider}: {reason}", operation.name)
     _log(list(refusals))
+
+
+def offers(
+    operation: Operation[P, R], setting: Setting
+) -> Iterator[tuple[str, Callable[P, R] | None, str | None]]:
+    """Every provider of an operation: its name, its kernel, or why there is none."""
+    yield TORCH, operation.meaning, None
+    for provider in (*PROVIDERS, *ON_REQUEST):
+        reason = _refusal(provider, setting, operation.name)
+        kernels = {} if reason else _module(provider).KERNELS
+        yield provider, kernels.get(operation.name), reason
 
 
 def _log(refusals: Sequence[str]) -> None:
