@@ -8,4 +8,4 @@
 #include <limits>
 #include <vector>
 
-#include "api.h"
+#include "../api.h"
