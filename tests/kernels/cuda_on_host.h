@@ -23,11 +23,11 @@
 using std::max;
 using std::min;
 
-struct uint2 {
-  alignas(8) uint32_t x, y;
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
-struct uint4 {
-  alignas(16) uint32_t x, y, z, w;
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 struct dim3 {
   constexpr dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
