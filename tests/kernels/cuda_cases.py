@@ -13,7 +13,7 @@ from vllm_kvcompress.ops.select import select
 # -0 equals 0, all NaN are equal; the others are ties as often as not.
 SCORES = [0.0, -0.0, 0.5, 1.0, -1.0, 1e-45, *map(float, ("inf", "-inf", "nan", "-nan"))]
 ORDERS = ("rows", "halves", "keys turned")
-MEMORY = ("heads outside", "heads inside", "shifted")
+MEMORY = ("heads outside", "heads inside", "shifted", "longer rows")
 TARGETS = ("apart", "own first", "any")
 
 
@@ -75,8 +75,7 @@ def tokens_of(
         head_size: Its elements of a key.
         counts: Source blocks, and target blocks; not more than those.
         order: One of `ORDERS`.
-        memory: One of `MEMORY`; "shifted": rows are longer than their elements, and
-            the first begins at an odd address.
+        memory: One of `MEMORY`; "shifted" begins at an odd address.
         targets: One of `TARGETS`.
         seed: Of everything else.
     """
@@ -89,8 +88,9 @@ def tokens_of(
     if memory == "heads inside":
         steps = (steps[0], row, kv_heads * row, 1)
     elif memory == "shifted":
-        wide = (*shape[:3], row + 1)
-        steps, offset = torch.empty(wide, device="meta").stride(), 1
+        offset = 1
+    elif memory == "longer rows":
+        steps = torch.empty((*shape[:3], row + 1), device="meta").stride()
     elements = num_blocks * steps[0] + offset
     size = torch.empty((), dtype=dtype).element_size()
     storage = torch.randint(

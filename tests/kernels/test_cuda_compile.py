@@ -35,7 +35,7 @@ def test_compiles_without_spills(kind: int, tmp_path: Path) -> None:
     assert code.stat().st_size
     kernels = [found.groupdict() for found in REPORT.finditer(told)]
     for kernel in kernels:
-        print(*kernel.values())
+        print("{registers} registers, {shared} bytes shared: {name}".format(**kernel))
     # One for each width of units, the overlap and the selection.
     assert len(kernels) == told.count("Compiling entry function") == 7
     assert all(kernel["stores"] == kernel["loads"] == "0" for kernel in kernels)

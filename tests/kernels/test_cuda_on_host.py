@@ -39,6 +39,8 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     library = tmp_path_factory.mktemp("cuda") / "library.so"
     command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-shared", "-fPIC"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    # A GPU loads no vector from an address that it does not divide.
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += ["-fno-strict-aliasing", *os.environ.get("CXXFLAGS", "").split()]
     command += ["-DKVC_THREADS=64", "-DKVC_MOVE_THREADS=32"]
     command += ["-include", str(Path(__file__).with_name("cuda_on_host.h"))]
