@@ -123,11 +123,21 @@ int kvc_cuda_select(const float* scores, int64_t rows, int64_t step, int64_t tok
                     (cudaStream_t)stream, scores, step, tokens, count, kept));
 }
 
-// Whether the current device can run what was compiled.
+// Whether the current device can run what was compiled. All kernels are loaded by it,
+// so that none has to be while a graph is captured.
 int kvc_cuda_ready() {
+  const void* kernels[] = {(const void*)move_tokens<uint4, KVC_MOVE_THREADS>,
+                           (const void*)move_tokens<uint2, KVC_MOVE_THREADS>,
+                           (const void*)move_tokens<uint32_t, KVC_MOVE_THREADS>,
+                           (const void*)move_tokens<uint16_t, KVC_MOVE_THREADS>,
+                           (const void*)move_tokens<uint8_t, KVC_MOVE_THREADS>,
+                           (const void*)find_overlap<KVC_THREADS>,
+                           (const void*)select_row<KVC_THREADS>};
   cudaFuncAttributes found;
-  const cudaError_t error = cudaFuncGetAttributes(&found, select_row<KVC_THREADS>);
-  cudaGetLastError();  // it is not to be met again by a launch
+  cudaError_t error = cudaSuccess;
+  for (const void* kernel : kernels)
+    if (!error) error = cudaFuncGetAttributes(&found, kernel);
+  cudaGetLastError();  // a later launch is not to meet it
   return int(error);
 }
 
