@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint sanitize bench bench-kernels sweep model clean
+.PHONY: help setup demo test test-slow test-kvpress lint cuda-check sanitize bench bench-kernels sweep model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ $(KVPRESS)/ready:
 	$(PYTHON) -m venv --clear $(KVPRESS)
 	$(KVPRESS)/bin/python -m pip install --quiet torch==2.13.0 kvpress==0.5.5
 	touch $@
+
+cuda-check: setup ## compile the CUDA kernels for all GPUs with nvcc; registers and spills
+	$(BIN)/pytest -rP tests/kernels/test_cuda_compile.py $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

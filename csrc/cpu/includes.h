@@ -9,4 +9,4 @@
 #include <type_traits>
 #include <vector>
 
-#include "api.h"
+#include "../api.h"

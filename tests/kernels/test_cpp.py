@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.paged import ORDERS, draw_cache, poisoned
 from vllm_kvcompress.ops import attend_pages as attention
 from vllm_kvcompress.ops import compact as compaction
-from vllm_kvcompress.ops import cpp
+from vllm_kvcompress.ops import cpp, native_calls
 from vllm_kvcompress.ops import select as selection
 from vllm_kvcompress.ops import window_scores as scores
 from vllm_kvcompress.ops.pages import PagedKeys
@@ -28,7 +28,8 @@ groups, seeds = st.sampled_from([1, 2, 3, 8]), st.integers(0, 10_000)
 @pytest.fixture(autouse=True)
 def every_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Poison what kernels are to fill, and end with the widest instructions."""
-    monkeypatch.setattr(cpp, "torch", poisoned())
+    for module in (cpp, native_calls):
+        monkeypatch.setattr(module, "torch", poisoned())
     yield
     cpp.limit(HERE)
 

@@ -1,5 +1,6 @@
 """The xformers provider: on processors its masks and pages, on GPUs all of it."""
 
+import dataclasses
 from typing import Any
 
 import pytest

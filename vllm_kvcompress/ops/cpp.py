@@ -1,18 +1,16 @@
 """Kernels for processors: csrc/cpu, compiled when this package is installed.
 
-The library knows neither Python nor torch: structs here repeat those of its api.h. Its
-threads are torch's, whose OpenMP is already loaded.
+The library's threads are torch's, whose OpenMP is already loaded.
 """
 
-import ctypes
-import os
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from pathlib import Path
+from ctypes import POINTER, c_int64, c_void_p
 from typing import Any
 
 import torch
 
+from . import native_calls
+from .native_calls import AttendPages, Compact, WindowScores
 from .pages import Elements, PagedKeys
 from .providers import Setting
 
@@ -24,83 +22,12 @@ _TYPES = {
 }
 LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 
-
-def _load() -> Any:
-    built = map(str, sorted(Path(__file__).parents[1].glob("_cpu*.so")))
-    path = os.environ.get("VLLM_KVCOMPRESS_CPU_LIBRARY") or next(built, None)
-    if path is None:
-        raise ImportError("was not compiled; install again with a C++ compiler")
-    return ctypes.CDLL(path)
-
-
-_library = _load()
-
-
-class _Order(Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("first", "slot", "element")),
-        ("offsets", c_void_p),
-    )
-
-
-class _WindowScores(Structure):
-    _fields_ = (
-        *(
-            (name, c_void_p)
-            for name in ("cache", "blocks", "queries", "weights", "seen", "scores")
-        ),
-        *(
-            (name, c_int64)
-            for name in (
-                *("type", "kv_heads", "rows", "tokens", "head_size", "block_size"),
-                *("block_step", "head_step", "blocks_step"),
-            )
-        ),
-        ("order", _Order),
-        *((name, c_float) for name in ("scale", "softcap")),
-    )
-
-
-class _AttendPages(Structure):
-    _fields_ = (
-        *(
-            (name, c_void_p)
-            for name in (
-                *("cache", "blocks", "starts", "lens", "query", "scales", "output"),
-            )
-        ),
-        *(
-            (name, c_int64)
-            for name in (
-                *("type", "half_scales", "rows", "kv_heads", "group", "head_size"),
-                *("block_size", "block_step", "head_step", "scales_step", "tasks"),
-            )
-        ),
-        ("keys", _Order),
-        ("values", _Order),
-        *((name, c_float) for name in ("scale", "softcap")),
-    )
-
-
-class _Compact(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("cache", "source", "kept", "target")),
-        *(
-            (name, c_int64)
-            for name in (
-                *("type_size", "kv_heads", "tokens", "head_size", "block_size"),
-                *("block_step", "head_step"),
-            )
-        ),
-        ("keys", _Order),
-        ("values", _Order),
-    )
-
+_library = native_calls.load("_cpu", "install again with a C++ compiler")
 
 for _name, _struct in (
-    ("window_scores", _WindowScores),
-    ("attend_pages", _AttendPages),
-    ("compact", _Compact),
+    ("window_scores", WindowScores),
+    ("attend_pages", AttendPages),
+    ("compact", Compact),
 ):
     _function = getattr(_library, f"kvc_{_name}")
     _function.argtypes, _function.restype = (POINTER(_struct),), None
@@ -123,18 +50,10 @@ def refusal(setting: Setting, operation: str | None) -> str | None:
     if setting.device.type != "cpu":
         return f"runs on no {setting.device.type}"
     types = {pages.dtype for pages in setting.pages}
-    if operation in ("window_scores", "attend_pages") and (
-        other := types - _TYPES.keys()
-    ):
+    reads = operation in ("window_scores", "attend_pages")
+    if reads and (other := types - _TYPES.keys()):
         return f"does not read {other.pop()}"
     return None
-
-
-def _order(elements: Elements, cache: torch.Tensor) -> tuple[_Order, torch.Tensor]:
-    """An order, and what its pointer refers to."""
-    if (strides := elements.strides(cache)) is not None:
-        return _Order(*strides, None), elements.offsets
-    return _Order(0, 0, 0, elements.table.data_ptr()), elements.table
 
 
 def window_scores(
@@ -160,8 +79,8 @@ def window_scores(
     if past_only:
         seen -= torch.tensor(past_only, dtype=torch.long).repeat_interleave(window)
     scores = torch.empty(kv_heads, tokens)
-    order, alive = _order(held.elements, cache)
-    call = _WindowScores(
+    order, alive = native_calls.order(held.elements, cache)
+    call = WindowScores(
         *(x.data_ptr() for x in (cache, blocks, rows, votes, seen, scores)),
         _TYPES[cache.dtype],
         *(kv_heads, len(seen), tokens, head_size, cache.shape[2]),
@@ -195,8 +114,10 @@ def attend_pages(
     query = query.float().contiguous()
     blocks, starts, lens = (x.contiguous() for x in (blocks, starts, lens))
     output = torch.empty_like(query)
-    orders, alive = zip(*(_order(half, cache) for half in halves), strict=True)
-    call = _AttendPages(
+    orders, alive = zip(
+        *(native_calls.order(half, cache) for half in halves), strict=True
+    )
+    call = AttendPages(
         *(x.data_ptr() for x in (cache, blocks, starts, lens, query, scales, output)),
         _TYPES[cache.dtype],
         scales.dtype == torch.float16,
@@ -215,15 +136,7 @@ def attend_pages(
 
 def select(scores: torch.Tensor, count: int) -> torch.Tensor:
     """See `select.select`."""
-    scores = scores.float()
-    if scores.stride(-1) != 1:
-        scores = scores.contiguous()
-    rows, tokens = scores.shape
-    kept = torch.empty(rows, count, dtype=torch.long)
-    _library.kvc_select(
-        scores.data_ptr(), rows, scores.stride(0), tokens, count, kept.data_ptr()
-    )
-    return kept
+    return native_calls.select(_library.kvc_select, scores, count)
 
 
 def compact(
@@ -234,17 +147,7 @@ def compact(
     target: torch.Tensor,
 ) -> None:
     """See `compact.compact`."""
-    source, kept, target = (x.contiguous() for x in (source, kept, target))
-    orders, alive = zip(*(_order(half, cache) for half in halves), strict=True)
-    call = _Compact(
-        *(x.data_ptr() for x in (cache, source, kept, target)),
-        cache.element_size(),
-        *(*kept.shape, halves[0].head_size, cache.shape[2]),
-        *cache.stride()[:2],
-        *orders,
-    )
-    _library.kvc_compact(call)
-    del alive
+    native_calls.compact(_library.kvc_compact, cache, halves, source, kept, target)
 
 
 KERNELS: Mapping[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-// What Python passes, by pointer; see vllm_kvcompress/ops/cpp.py, which has the same
+// What Python passes, by pointer; vllm_kvcompress/ops/native_calls.py has the same
 // fields. No header of Python or torch is needed.
 
 #pragma once
@@ -45,3 +45,5 @@ struct Compact {
   int64_t block_step, head_step;
   Order keys, values;
 };
+
+constexpr int64_t STAGING_FLAG = 16;  // bytes before what is staged on a GPU
