@@ -24,7 +24,7 @@ from .budget import (
 from .contradictions import SIZE_KEYS, contradictions
 from .decode_config import DecodeConfig, Tokens, decode_config
 from .methods.base import Scorer
-from .ops.providers import ProviderName
+from .ops.providers import ALL, ProviderName
 from .parsing import KEY, ConfigError, built, read_json, split_method
 
 __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
@@ -49,8 +49,8 @@ class KVCompressionConfig(BaseModel):
             ``incremental`` also whenever ``prefill_interval`` more tokens are read, so
             that a prompt may be longer than the KV space.
         prefill_interval: In tokens.
-        kernels: Who runs operations: ``auto`` is the first provider that can, a name is
-            that one or none, a mapping names one for single operations.
+        kernels: A provider for single operations, or for ``all`` of them, which a plain
+            name means; else the first that can.
         request_methods: Other methods that a request may choose; a list of names, or
             a mapping from names to parameters.
     """
@@ -65,7 +65,7 @@ class KVCompressionConfig(BaseModel):
     decode: DecodeConfig | None = None
     prefill: Literal["exact", "incremental"] = "exact"
     prefill_interval: Tokens = 2048
-    kernels: Literal["auto"] | ProviderName | dict[str, ProviderName] = "auto"
+    kernels: dict[str, ProviderName] = Field(default_factory=dict)
     request_methods: dict[str, SerializeAsAny[Scorer]] = Field(default_factory=dict)
 
     @classmethod
@@ -77,6 +77,8 @@ class KVCompressionConfig(BaseModel):
         """
         common = [key for key in cls.model_fields if key != "scorer"]
         scorer, given = split_method(settings, "", common)
+        if isinstance(kernels := given.get("kernels"), str):
+            given["kernels"] = {ALL: kernels}
         if isinstance(path := given.get("layer_budgets"), str):
             given["layer_budgets"] = read_json(path)
         if given.get("decode") is not None:

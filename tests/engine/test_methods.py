@@ -20,7 +20,7 @@ from tests.engine.serving import fits
 from tests.matrix import METHODS
 from tests.quantised import fp8_cut
 from vllm_kvcompress import stats
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 from vllm_kvcompress.methods.base import Scorer
 from vllm_kvcompress.methods.streamingllm import StreamingLLM
 from vllm_kvcompress.methods.tova import TOVA
@@ -36,6 +36,15 @@ APART = [e for e in METHODS if not KVCompressionConfig.from_dict(e).scorer.merge
 def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> None:
     with engine(llama, additional_config={"kv_compression": settings}) as llm:
         _check(llm, DenseLlama(llama), settings, recording, 5e-4)
+
+
+def test_kernels_that_cannot_be_had_are_refused(llama: Path) -> None:
+    config = {"kv_compression": {"method": "snapkv", "kernels": {"select": "xformers"}}}
+    with (
+        pytest.raises(ConfigError, match="xformers cannot serve select.*leave it out"),
+        engine(llama, additional_config=config),
+    ):
+        pass
 
 
 # By attention, by keys alone, by head, by tier, and by values too.

@@ -91,6 +91,8 @@ def test_from_dict_leaves_its_argument_alone():
             ["decode.method=pyramidinfer", "drop decode"],
         ),
         ({"kernel_size": 4}, ["kernel_size=4", "odd"]),
+        ({"kernels": "fast"}, ["kernels.all='fast'", "cpp", "triton"]),
+        ({"kernels": {"select": "fast"}}, ["kernels.select='fast'", "cpp"]),
         ({"pooling": "mean"}, ["pooling='mean'", "max", "avg"]),
     ],
     ids=str,

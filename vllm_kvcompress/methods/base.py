@@ -25,6 +25,15 @@ class Layer:
     softcap: float = 0.0
     past_only: tuple[bool, ...] = ()
 
+    @property
+    def attention(self) -> dict[str, Any]:
+        """What `window_scores` must know of it."""
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "past_only": self.past_only,
+        }
+
 
 class Scorer(BaseModel):
     """Rates every prompt token of a layer; the engine keeps the best ones.

@@ -154,10 +154,8 @@ class PyramidInfer(Scorer):
         scores = window_scores(
             queries,
             keys,
-            scale=layer.scale,
-            softcap=layer.softcap,
             weights=weights / recent,
-            past_only=layer.past_only,
+            **layer.attention,
         ).mean(0)
         scores[: self.sinks] = float("inf")
         scores[-recent:] = float("inf")

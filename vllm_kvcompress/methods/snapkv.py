@@ -61,9 +61,7 @@ class SnapKV(Scorer):
         scores = window_scores(
             queries,
             keys,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            past_only=layer.past_only,
+            **layer.attention,
         )
         past = scores.shape[1] - self.window
         scores[:, :past] = pool(

@@ -48,9 +48,7 @@ class TOVA(Scorer):
         scores = window_scores(
             queries,
             keys,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            past_only=layer.past_only,
+            **layer.attention,
         )
         shared = scores.mean(0)
         shared[-1] = float("inf")

@@ -21,15 +21,19 @@ Strides = tuple[int, int, int]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AUTO, TORCH = "auto", "torch"
+ALL, AUTO, TORCH = "all", "auto", "torch"
 PROVIDERS = {
     "cuda": "vllm_kvcompress.ops.cuda",
     "triton": "vllm_kvcompress.triton_kernels",
     "cpp": "vllm_kvcompress.ops.cpp",
 }
+_MODULES = (
+    *("window_scores", "pool", "select", "compact", "merge", "attend_pages"),
+    "row_shift",
+)
 # Only where they are asked for by name.
 ON_REQUEST = {"xformers": "vllm_kvcompress.ops.xformers"}
-ProviderName = Literal["torch", "cuda", "triton", "cpp", "xformers"]
+ProviderName = Literal["auto", "torch", "cuda", "triton", "cpp", "xformers"]
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,21 @@ class ProviderError(ValueError):
     """A provider that was asked for by name cannot serve."""
 
 
-def choose(setting: Setting, wanted: str | Mapping[str, str] = AUTO) -> None:
+def choose(setting: Setting, wanted: Mapping[str, str]) -> None:
     """Choose every operation's provider, and log the choice with its reasons.
 
     Args:
         setting: The machine and the pages.
-        wanted: A provider for all operations that it has kernels of, or one for each
-            operation named; ``auto`` = the first that can serve.
+        wanted: Operation -> its provider; `ALL` -> that of all operations that it has
+            kernels of. Else, and with `AUTO`, it is the first that can serve.
 
     Raises:
         ProviderError: What was asked for cannot be had.
     """
-    named = wanted if isinstance(wanted, Mapping) else {}
-    for_all = wanted if isinstance(wanted, str) and wanted != AUTO else None
+    for module in _MODULES:
+        import_module(f"vllm_kvcompress.ops.{module}")
+    named = {key: name for key, name in wanted.items() if name != AUTO}
+    for_all = named.pop(ALL, None)
     if unknown := sorted(named.keys() - OPERATIONS.keys()):
         raise ProviderError(
             f"there is no operation {unknown[0]}, only {', '.join(sorted(OPERATIONS))}"
