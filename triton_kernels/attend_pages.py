@@ -75,12 +75,10 @@ def _attend_pages_kernel(
     for first in range(split * span, end, BLOCK_TOKENS):
         token = first + tl.arange(0, BLOCK_TOKENS)
         held = token < end
-        place = offsets(blocks_ptr, token, held, head, block_size, key_steps)
-        keys = tile(cache_ptr, place, held, key_steps[3], HEAD_SIZE, BLOCK_HEAD, DOT)
-        place = offsets(blocks_ptr, token, held, head, block_size, value_steps)
-        values = tile(
-            cache_ptr, place, held, value_steps[3], HEAD_SIZE, BLOCK_HEAD, DOT
-        )
+        at = offsets(blocks_ptr, token, held, head, block_size, key_steps)
+        keys = tile(cache_ptr, at, held, key_steps[3], HEAD_SIZE, BLOCK_HEAD, DOT)
+        at = offsets(blocks_ptr, token, held, head, block_size, value_steps)
+        values = tile(cache_ptr, at, held, value_steps[3], HEAD_SIZE, BLOCK_HEAD, DOT)
         factors = scales_ptr + offsets(
             blocks_ptr, token, held, head, block_size, scale_steps
         )
@@ -97,12 +95,12 @@ def _attend_pages_kernel(
         found = found * fade[:, None] + _dot(weights, values, DOT)
         most = high
     query_heads = tl.num_programs(1) * group
-    at = (row * splits + split) * query_heads + query_head
-    tl.store(most_ptr + at, most, mask=inside)
-    tl.store(sums_ptr + at, sums, mask=inside)
+    index = (row * splits + split) * query_heads + query_head
+    tl.store(most_ptr + index, most, mask=inside)
+    tl.store(sums_ptr + index, sums, mask=inside)
     column = tl.arange(0, BLOCK_HEAD)[None, :]
     mask = inside[:, None] & (column < HEAD_SIZE)
-    tl.store(found_ptr + at[:, None] * HEAD_SIZE + column, found, mask=mask)
+    tl.store(found_ptr + index[:, None] * HEAD_SIZE + column, found, mask=mask)
 
 
 @triton.jit
@@ -158,9 +156,11 @@ def attend_pages(
     dot, block_head = dot_type(query, cache), max(16, power_of_2(head_size))
     launch["BLOCK_TOKENS"] = fitted(launch["BLOCK_TOKENS"], block_head, dot)
     longest = triton.cdiv(len(blocks) * block_size, launch["BLOCK_TOKENS"])
-    wanted = triton.cdiv(launch.pop("PROGRAMS"), rows * kv_heads)
+    wanted = launch.pop("PROGRAMS") // max(1, rows * kv_heads)
     splits = max(1, min(longest, wanted, launch.pop("MAX_SPLITS")))
-    out, found = torch.empty(rows, query_heads, head_size, device=device), None
+    out = torch.empty(rows, query_heads, head_size, device=device)
+    if not rows:
+        return out
     most, sums = torch.empty(2, rows, splits, query_heads, device=device)
     found = torch.empty(rows, splits, query_heads, head_size, device=device)
     half, block, slot, head = scales.stride()
