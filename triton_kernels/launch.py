@@ -68,7 +68,7 @@ def _folder() -> Traversable:
 
 
 def read(path: Traversable) -> dict[str, dict[str, int]]:
-    """A table, checked: every entry has the default's names, and positive integers."""
+    """A table, checked: every entry has the default's names and sizes that can be."""
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -84,8 +84,8 @@ def read(path: Traversable) -> dict[str, dict[str, int]]:
         for name, value in entry.items():
             if not _valid(name, value):
                 raise ValueError(
-                    f"launch parameters {path}: {name} of {chip!r} is {value!r}, "
-                    "not a power of two"
+                    f"launch parameters {path}: {name} of {chip!r} is {value!r}, must "
+                    "be a positive integer, of tiles and warps a power of two"
                 )
     return table
 
@@ -93,4 +93,4 @@ def read(path: Traversable) -> dict[str, dict[str, int]]:
 def _valid(name: str, value: object) -> bool:
     if type(value) is not int or value < 1:
         return False
-    return name == "num_stages" or value & (value - 1) == 0
+    return not name.startswith(("BLOCK_", "num_warps")) or value & (value - 1) == 0
