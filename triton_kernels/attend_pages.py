@@ -13,16 +13,16 @@ import triton.language as tl
 from vllm_kvcompress.ops.pages import Elements
 
 from .launch import parameters
-from .pages import capped, dot_type, fitted, offsets, power_of_2, steps, tile
+from .pages import PRECISION, capped, dot_type, fitted, offsets, power_of_2, steps, tile
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
 def _dot(weights, values, DOT: tl.constexpr):
-    """Weights are float32; what a narrow type loses of them goes in a second product."""
-    if DOT == tl.float32:
-        found = tl.dot(weights, values, input_precision="tf32x3")
+    """Of float32 weights, what a narrow type loses goes in a second product."""
+    if tl.float32 == DOT:
+        found = tl.dot(weights, values, input_precision=PRECISION)
     else:
         high = weights.to(DOT)
         found = tl.dot(high, values)
@@ -84,7 +84,7 @@ def _attend_pages_kernel(
         )
         key_scale = tl.load(factors, mask=held, other=0.0).to(tl.float32)
         value_scale = tl.load(factors + scale_steps[5], mask=held, other=0.0)
-        logits = tl.dot(query, tl.trans(keys), input_precision="tf32x3")
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         logits = capped(logits * key_scale[None, :], scale, softcap, CAPPED)
         logits = tl.where(held[None, :], logits, float("-inf"))
         high = tl.maximum(most, tl.max(logits, 1))

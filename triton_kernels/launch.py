@@ -73,8 +73,8 @@ def read(path: Traversable) -> dict[str, dict[str, int]]:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"launch parameters {path}: {error}") from error
-    if not isinstance(table, dict) or DEFAULT not in table:
-        raise ValueError(f"launch parameters {path}: no entry {DEFAULT!r}")
+    if not isinstance(table, dict) or not isinstance(table.get(DEFAULT), dict):
+        raise ValueError(f"launch parameters {path}: no entry {DEFAULT!r} of names")
     for chip, entry in table.items():
         if not isinstance(entry, dict) or entry.keys() != table[DEFAULT].keys():
             raise ValueError(

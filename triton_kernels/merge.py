@@ -1,4 +1,4 @@
-"""Two layers' vectors as one direction with two lengths: the meaning is ops/merge.py."""
+"""Two layers' vectors as one, with two lengths: the meaning is ops/merge.py."""
 
 import math
 

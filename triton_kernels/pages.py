@@ -9,6 +9,8 @@ from vllm_kvcompress.ops.pages import Elements
 from .launch import INTERPRETED
 
 Steps = tuple[int, int, int, int, int]
+# Of products of float32; AMD's chips multiply it as it is.
+PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -97,7 +99,7 @@ def tile(
 
 @triton.jit
 def capped(logits, scale, softcap, CAPPED: tl.constexpr):
-    """Scaled logits, ``softcap * tanh(logits / softcap)`` of them if they are capped."""
+    """Scaled logits, or ``softcap * tanh(logits / softcap)`` of them."""
     logits *= scale
     if CAPPED:
         logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)

@@ -15,7 +15,7 @@ import triton.language as tl
 from vllm_kvcompress.ops.pages import PagedKeys
 
 from .launch import parameters
-from .pages import capped, dot_type, fitted, offsets, power_of_2, steps, tile
+from .pages import PRECISION, capped, dot_type, fitted, offsets, power_of_2, steps, tile
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -42,7 +42,7 @@ def _queries(
 @triton.jit
 def _logits(queries, keys, row, token, strict_ptr, tokens, window, group, cap):
     """Logits ``[rows, tokens]``, -inf where a row does not see a token."""
-    products = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")
+    products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     seen = tokens - window + 1 + row % window
     if strict_ptr is not None:
         inside = row < window * group

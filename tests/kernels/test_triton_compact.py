@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.pages import DEVICE, WITH_STRIDES, Paged, paged, random, shuffled
+from tests.kernels.pages import DEVICE, WITH_STRIDES, Paged, paged, shuffled
 from vllm_kvcompress.ops.compact import compact as operation
 from vllm_kvcompress.triton_kernels.compact import compact
 

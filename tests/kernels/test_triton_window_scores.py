@@ -55,9 +55,7 @@ def _held(
             for seed in (row, row + 1)
         )
         built.write(blocks[row], keys, values)
-    return PagedKeys(
-        built.cache, built.halves[0], blocks.expand(heads, count), tokens
-    )
+    return PagedKeys(built.cache, built.halves[0], blocks.expand(heads, count), tokens)
 
 
 @settings(
