@@ -5,7 +5,7 @@ whose signature is the operation's. Nothing of vLLM is imported. Without a GPU, 
 interpreter runs them if TRITON_INTERPRET=1 is set, slowly, for tests.
 
 They follow rules that keep the interpreter exact: what is loaded becomes float32 first,
-or the type of a product, which is float32 in the interpreter; offsets of blocks are
+or the type of a product, never bfloat16 in the interpreter; offsets of blocks are
 64-bit; masked loads say what is there instead. Launch parameters come from tables, see
 `launch`.
 """

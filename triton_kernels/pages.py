@@ -11,7 +11,9 @@ from .launch import INTERPRETED
 Steps = tuple[int, int, int, int, int]
 # Of products of float32; AMD's chips multiply it as it is.
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_TYPES = {torch.float16: tl.float16}
+if not INTERPRETED:  # whose products of bfloat16 are wrong
+    _TYPES[torch.bfloat16] = tl.bfloat16
 
 
 def steps(half: Elements, cache: torch.Tensor) -> Steps:
@@ -34,16 +36,15 @@ def steps(half: Elements, cache: torch.Tensor) -> Steps:
 
 
 def dot_type(queries: torch.Tensor, keys: torch.Tensor) -> tl.dtype:
-    """The narrowest type that holds both exactly; the interpreter multiplies float32.
+    """The narrowest type that holds both exactly and can be multiplied.
 
     Args:
         queries: Of any shape and type.
         keys: The same; every 8-bit float is one of 16 bits, too.
     """
-    wide = queries.dtype not in _TYPES
-    if INTERPRETED or wide or keys.dtype not in (queries.dtype, torch.float8_e4m3fn):
+    if keys.dtype not in (queries.dtype, torch.float8_e4m3fn):
         return tl.float32
-    return _TYPES[queries.dtype]
+    return _TYPES.get(queries.dtype, tl.float32)
 
 
 def power_of_2(count: int) -> int:

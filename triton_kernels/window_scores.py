@@ -231,7 +231,8 @@ def window_scores(
         block_size, cache_steps = cache.shape[2], steps(keys.elements, cache)
     else:  # each head's keys are one page
         cache, block_size = keys, tokens
-        cache_steps = (0, *keys.stride(), 0)
+        head, slot, element = keys.stride()
+        cache_steps = (0, head, slot, element, 0)
         blocks = torch.zeros(1, 1, dtype=torch.long, device=device).expand(kv_heads, 1)
     if blocks.stride(1) != 1:
         blocks = blocks.contiguous()
