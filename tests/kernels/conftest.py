@@ -33,7 +33,7 @@ def small_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from vllm_kvcompress.triton_kernels import launch
 
     folder: Path = tmp_path_factory.mktemp("kernels")
-    few = {"PROGRAMS": 24, "MAX_SPLITS": 4, "SPLIT_TOKENS": 16, "BLOCK_COLUMNS": 8}
+    few = {"PROGRAMS": 24, "MAX_SPLITS": 4, "SPLIT_TOKENS": 32, "BLOCK_COLUMNS": 8}
     for table in (files("vllm_kvcompress.configs") / "kernels").iterdir():
         entry = json.loads(table.read_text())[launch.DEFAULT]
         for name in entry:
