@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.paged import ORDERS, draw_cache, poisoned
+from tests.kernels.pages import ORDERS, requests
 from vllm_kvcompress.ops import attend_pages as attention
 from vllm_kvcompress.ops import compact as compaction
-from vllm_kvcompress.ops import cpp, native_calls
+from vllm_kvcompress.ops import cpp
 from vllm_kvcompress.ops import select as selection
 from vllm_kvcompress.ops import window_scores as scores
 from vllm_kvcompress.ops.pages import PagedKeys
@@ -26,10 +26,8 @@ groups, seeds = st.sampled_from([1, 2, 3, 8]), st.integers(0, 10_000)
 
 
 @pytest.fixture(autouse=True)
-def every_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Poison what kernels are to fill, and end with the widest instructions."""
-    for module in (cpp, native_calls):
-        monkeypatch.setattr(module, "torch", poisoned())
+def widest_at_the_end() -> Iterator[None]:
+    """Tests choose narrower instructions."""
     yield
     cpp.limit(HERE)
 
@@ -72,9 +70,9 @@ def test_window_scores(
 ) -> None:
     cpp.limit(level)
     kv_heads, tokens = 2, past + window
-    drawn = draw_cache(order, dtype, block_size, head_size, kv_heads, [tokens], seed)
+    drawn = requests(order, dtype, block_size, head_size, kv_heads, [tokens], seed)
     cache, blocks = drawn.cache, drawn.blocks.expand(kv_heads, -1)
-    if one_head and cache[0].is_contiguous():
+    if one_head and cache.is_contiguous():
         blocks = blocks * kv_heads + torch.arange(kv_heads)[:, None]
         cache = cache.view(-1, 1, *cache.shape[2:])
     keys = PagedKeys(cache, drawn.halves[0], blocks, tokens)
@@ -139,7 +137,7 @@ def test_compact(
     overlap: bool,
     seed: int,
 ) -> None:
-    drawn = draw_cache(
+    drawn = requests(
         order, dtype, block_size, head_size, 2, [blocks * block_size], seed
     )
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +179,7 @@ def test_attend_pages(
     seed: int,
 ) -> None:
     cpp.limit(level)
-    drawn = draw_cache(order, dtype, block_size, head_size, 2, lens, seed)
+    drawn = requests(order, dtype, block_size, head_size, 2, lens, seed)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(len(lens), 2 * group, head_size, generator=generator)
     factors = torch.rand(2, len(drawn.cache), block_size, 2, generator=generator) + 0.5

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.paged import draw_cache
+from tests.kernels.pages import requests
 from vllm_kvcompress.ops import attend_pages as attention
 from vllm_kvcompress.ops.providers import Setting
 
@@ -58,7 +58,7 @@ def test_both_regions(monkeypatch: pytest.MonkeyPatch, which: str, group: int) -
         monkeypatch.setattr(fmha, "memory_efficient_attention_partial", _by_mask)
         monkeypatch.setattr(fmha, "merge_attentions", _merge)
     lens = [1, 16, 33, 64]
-    drawn = draw_cache("heads innermost", torch.bfloat16, 16, 64, 2, lens, seed=0)
+    drawn = requests("heads innermost", torch.bfloat16, 16, 64, 2, lens, seed=0)
     generator = torch.Generator().manual_seed(0)
     factors = torch.ones(2, len(drawn.cache), 16, 2)
     scaled = {"none": [], "some": [1, 3, 5], "all": list(range(len(drawn.blocks)))}

@@ -9,7 +9,7 @@ has its KV caches: the first that can, in the order of `PROVIDERS`.
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -57,10 +57,17 @@ class Pages:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known when providers are chosen."""
+    """What is known when providers are chosen.
+
+    Attributes:
+        device: Where operations run.
+        pages: Of all layers.
+        by_name: Whether a provider was asked for, and may be as slow as it likes.
+    """
 
     device: torch.device
     pages: frozenset[Pages] = frozenset()
+    by_name: bool = False
 
 
 class Operation(Generic[P, R]):
@@ -112,22 +119,23 @@ def choose(setting: Setting, wanted: Mapping[str, str]) -> None:
         raise ProviderError(
             f"there is no operation {unknown[0]}, only {', '.join(sorted(OPERATIONS))}"
         )
-    refusals: dict[str, str] = {}
-    if for_all and for_all != TORCH and (reason := _refusal(for_all, setting, None)):
+    by_name = replace(setting, by_name=True)
+    if for_all not in (None, TORCH) and (reason := _refusal(for_all, by_name, None)):
         raise ProviderError(f"{for_all} cannot serve: {reason}")
+    refusals: dict[str, str] = {}
     for operation in OPERATIONS.values():
-        explicit = named.get(operation.name)
-        order = (explicit,) if explicit else (for_all,) if for_all else PROVIDERS
         operation.use(TORCH, operation.meaning)
-        for provider in order:
-            if provider is None or provider == TORCH:
-                continue
-            reason = _refusal(provider, setting, operation.name)
+        asked = named.get(operation.name, for_all)
+        for provider in (asked,) if asked else PROVIDERS:
+            if provider == TORCH:
+                break
+            here = by_name if asked else setting
+            reason = _refusal(provider, here, operation.name)
             if reason is None:
                 kernel = _module(provider).KERNELS[operation.name]
                 operation.use(provider, kernel)
                 break
-            if explicit:
+            if operation.name in named:
                 raise ProviderError(
                     f"{provider} cannot serve {operation.name}: {reason}"
                 )
