@@ -18,16 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvcompress.ops import (
-    attend_pages,
-    compact,
-    merge,
-    pool,
-    providers,
-    row_shift,
-    select,
-    window_scores,
-)
+from vllm_kvcompress.ops import pool, providers, select, window_scores
 from vllm_kvcompress.ops.pages import Elements, PagedKeys
 
 COLUMNS = (
@@ -35,18 +26,7 @@ COLUMNS = (
     *("GB_per_s", "percent_of_copy", "times_torch"),
 )
 WINDOW, KERNEL, COUNT = 32, 7, 1024
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        window_scores.window_scores,
-        pool.pool,
-        select.select,
-        compact.compact,
-        merge.merge,
-        attend_pages.attend_pages,
-        row_shift.shift_rows,
-    )
-}
+OPERATIONS = providers.operations()
 
 
 @dataclass(frozen=True)

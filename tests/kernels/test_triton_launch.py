@@ -13,7 +13,7 @@ import torch
 from vllm_kvcompress.triton_kernels import launch
 
 from vllm_kvcompress import triton_kernels
-from vllm_kvcompress.ops.providers import OPERATIONS, Pages, Setting, choose
+from vllm_kvcompress.ops.providers import Pages, Setting, choose, operations
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ROWS = (0, 16, 1)
@@ -107,7 +107,7 @@ def test_every_operation_has_a_table() -> None:
 
 
 def test_kernels_are_of_operations() -> None:
-    assert triton_kernels.KERNELS.keys() <= OPERATIONS.keys()
+    assert triton_kernels.KERNELS.keys() <= operations().keys()
 
 
 def _refusal(operation: str | None, pages: Pages) -> str | None:
@@ -168,8 +168,8 @@ def test_chosen_by_name() -> None:
     try:
         choose(setting, {"all": "triton"})
         for name, kernel in triton_kernels.KERNELS.items():
-            assert OPERATIONS[name].provider == "triton"
-            assert OPERATIONS[name]._run is kernel
+            assert operations()[name].provider == "triton"
+            assert operations()[name]._run is kernel
     finally:
         choose(setting, {"all": "torch"})
 

@@ -13,12 +13,12 @@ from vllm_kvcompress.ops.compact import compact
 from vllm_kvcompress.ops.providers import (
     ALL,
     AUTO,
-    OPERATIONS,
     TORCH,
     Operation,
     ProviderError,
     Setting,
     choose,
+    operations,
 )
 from vllm_kvcompress.ops.select import select
 from vllm_kvcompress.ops.window_scores import window_scores
@@ -27,13 +27,13 @@ HERE = Setting(torch.device("cpu"))
 
 
 def _chosen() -> dict[str, str]:
-    return {operation.name: operation.provider for operation in OPERATIONS.values()}
+    return {operation.name: operation.provider for operation in operations().values()}
 
 
 @pytest.fixture(autouse=True)
 def afterwards() -> Iterator[None]:
     yield
-    for operation in OPERATIONS.values():
+    for operation in operations().values():
         operation.use(TORCH, operation.meaning)
 
 

@@ -82,7 +82,7 @@ class Operation(Generic[P, R]):
         functools.update_wrapper(self, meaning)
         self.name, self.meaning = meaning.__name__, meaning
         self.use(TORCH, meaning)
-        OPERATIONS[self.name] = self
+        _OPERATIONS[self.name] = self
 
     def use(self, provider: str, kernel: Callable[P, R]) -> None:
         """Let a provider's kernel do the work from now on."""
@@ -93,7 +93,14 @@ class Operation(Generic[P, R]):
         return self._run(*args, **kwargs)
 
 
-OPERATIONS: dict[str, Operation[Any, Any]] = {}
+_OPERATIONS: dict[str, Operation[Any, Any]] = {}
+
+
+def operations() -> Mapping[str, Operation[Any, Any]]:
+    """All operations by name."""
+    for module in _MODULES:
+        import_module(f"vllm_kvcompress.ops.{module}")
+    return _OPERATIONS
 
 
 class ProviderError(ValueError):
@@ -111,19 +118,18 @@ def choose(setting: Setting, wanted: Mapping[str, str]) -> None:
     Raises:
         ProviderError: What was asked for cannot be had.
     """
-    for module in _MODULES:
-        import_module(f"vllm_kvcompress.ops.{module}")
+    every = operations()
     named = {key: name for key, name in wanted.items() if name != AUTO}
     for_all = named.pop(ALL, None)
-    if unknown := sorted(named.keys() - OPERATIONS.keys()):
+    if unknown := sorted(named.keys() - every.keys()):
         raise ProviderError(
-            f"there is no operation {unknown[0]}, only {', '.join(sorted(OPERATIONS))}"
+            f"there is no operation {unknown[0]}, only {', '.join(sorted(every))}"
         )
     by_name = replace(setting, by_name=True)
     if for_all not in (None, TORCH) and (reason := _refusal(for_all, by_name, None)):
         raise ProviderError(f"{for_all} cannot serve: {reason}")
     refusals: dict[str, str] = {}
-    for operation in OPERATIONS.values():
+    for operation in every.values():
         operation.use(TORCH, operation.meaning)
         asked = named.get(operation.name, for_all)
         for provider in (asked,) if asked else PROVIDERS:
@@ -156,7 +162,7 @@ def offers(
 
 def _log(refusals: Sequence[str]) -> None:
     chosen: dict[str, list[str]] = {}
-    for operation in OPERATIONS.values():
+    for operation in operations().values():
         chosen.setdefault(operation.provider, []).append(operation.name)
     text = "; ".join(f"{name}: {', '.join(own)}" for name, own in chosen.items())
     if refusals:
