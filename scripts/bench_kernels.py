@@ -174,15 +174,19 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def measure(
-    case: Case, setting: providers.Setting, repeats: int, bandwidth: float
+    case: Case,
+    setting: providers.Setting,
+    repeats: int,
+    bandwidth: float,
+    refusals: set[str],
 ) -> Iterator[list[Any]]:
     """Rows of the table: torch, then every provider that can serve."""
     operation = OPERATIONS[case.operation]
     expected, base = flat(case.run(operation.meaning)), 0.0
     for name, kernel, reason in providers.offers(operation, setting):
         row: list[Any] = [case.operation, name, case.text]
-        if reason:
-            yield [*row, *["-"] * 5, reason]
+        if kernel is None:
+            refusals.add(f"{name}: {reason}")
             continue
         found = flat(case.run(kernel))
         if not torch.allclose(found, expected, rtol=2e-2, atol=1e-4, equal_nan=True):
@@ -220,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "processor"
     console = Console()
     console.print(f"{name}, a copy moves {bandwidth / 1e9:.1f} GB/s")
-    table, rows = Table(*COLUMNS), []
+    table, rows, refusals = Table(*COLUMNS), [], set[str]()
+    setting = providers.Setting(device)
     every = [
         case
         for shape in shapes
@@ -229,12 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = given.only.split(",") if given.only else OPERATIONS
     for case in [*every, table_case(device)]:
         if case.operation in wanted:
-            for row in measure(
-                case, providers.Setting(device), given.repeats, bandwidth
-            ):
+            for row in measure(case, setting, given.repeats, bandwidth, refusals):
                 rows.append(row)
                 table.add_row(*map(str, row))
     console.print(table)
+    for refusal in sorted(refusals):
+        console.print(f"not measured: {refusal}")
     if given.csv:
         with open(given.csv, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from ..config import KEY, ConfigError, KVCompressionConfig
+from ..config import KEY, KVCompressionConfig
 from ..methods.minicache import MiniCache
-from ..ops.providers import ProviderError, Setting, choose
 from ..ops.select import select
 from ..plan import Compress, Counters, StepPlan
 from .head_pages import HeadPages
+from .kernels import choose_kernels
 from .layers import paired_layers, rate, reads_from
 from .layout import kernel_blocks
 from .merging import Part, merge_layers
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
-from .page_formats import KEYS, VALUES, find_scales, pages_met, pages_of
+from .page_formats import KEYS, VALUES, find_scales, pages_of
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
@@ -99,23 +99,8 @@ class CompressionExecutor:
                     self._windows.append(layer.observation_window)
         for layer in layers.values():
             find_scales(layer)
-        self._choose_kernels()
-
-    def _choose_kernels(self) -> None:
-        """Choose who runs operations, now that the pages are known.
-
-        Raises:
-            ConfigError: ``kernels`` asks for what cannot be had.
-        """
         own = [layer for group in self._groups.values() for layer in group.layers]
-        setting = Setting(self._device, frozenset(map(pages_met, own)))
-        try:
-            choose(setting, self._config.kernels)
-        except ProviderError as error:
-            raise ConfigError(
-                f"{KEY}: kernels={self._config.kernels}: {error}; leave it out to have "
-                "the fastest that works here"
-            ) from None
+        choose_kernels(self._config, own, self._device)
 
     def bind_pruner(self, model: Any, builders: dict[int, Any]) -> None:
         """Learn the model's layers, if a scorer prunes them.
