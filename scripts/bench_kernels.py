@@ -1,8 +1,9 @@
 """Measure every provider's kernels on this machine (`make bench-kernels`).
 
 Each is first compared with what its operation means; a kernel that differs is not
-timed. Times are of one layer. GB/s count what must be moved at least: each key read
-once, each kept token read and written; the share is of the bandwidth of a copy.
+timed. Times are of one layer; a case is KV heads x query heads of each x head size.
+GB/s count what must be moved at least: each key read once, each kept token read and
+written; the share is of the bandwidth of a copy.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def table_case(device: torch.device) -> Case:
         kernel(table, lens, tokens, 16, **outputs)
         return outputs["table_out"]
 
-    return Case("shift_rows", "256 rows of 2048 blocks", run, 2 * table.nbytes)
+    return Case("shift_rows", "256 x 2048 blocks", run, 2 * table.nbytes)
 
 
 def flat(found: Any) -> torch.Tensor:
@@ -216,9 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [
-        Shape("8 KV heads of 128, group 4, bfloat16", 8, 4, 128, 0, torch.bfloat16),
-        Shape("8 KV heads of 128, group 4, fp8", 8, 4, 128, 0, torch.float8_e4m3fn),
-        Shape("16 KV heads of 64, group 1, float32", 16, 1, 64, 0, torch.float32),
+        Shape("8 x 4 x 128 bfloat16", 8, 4, 128, 0, torch.bfloat16),
+        Shape("8 x 4 x 128 fp8", 8, 4, 128, 0, torch.float8_e4m3fn),
+        Shape("16 x 1 x 64 float32", 16, 1, 64, 0, torch.float32),
     ]
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "processor"

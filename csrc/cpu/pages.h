@@ -64,8 +64,8 @@ struct HeadPages {
       const T* own = page(token + s);
       const int64_t slot = (token + s) % block_size;
       for (int64_t d = 0; d < head_size; d += 2) {
-        const int32_t low = own[offset(slot, d)].bits;
-        const int32_t high = d < even ? own[offset(slot, d + 1)].bits : 0;
+        const int32_t low = bits_of(own[offset(slot, d)]);
+        const int32_t high = d < even ? bits_of(own[offset(slot, d + 1)]) : 0;
         to[d / 2 * TILE + s].bits = low | high << 16;
       }
     }

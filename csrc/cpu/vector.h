@@ -64,10 +64,40 @@ KVC_INLINE void store(T* to, V x) {
   std::memcpy(to, &x, sizeof(x));
 }
 
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+inline float widen(Float16 x) { return float(x.value); }
+inline float widen(Float8 x) {
+  const int32_t low = (x.bits & 0x7f) << 20, sign = int32_t(x.bits >> 7) << 31;
+  float wide;
+  std::memcpy(&wide, &low, sizeof(wide));
+  wide *= 0x1p120f;
+  if ((x.bits & 0x7f) == 0x7f) wide = std::numeric_limits<float>::quiet_NaN();
+  return sign ? -wide : wide;
+}
+
 KVC_INLINE IntVec load_bits(const BFloat16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof(x));
   return __builtin_convertvector(x, IntVec);
+}
+
+// Every 8-bit float is one of 16 bits, too.
+KVC_INLINE IntVec load_bits(const Float8* from) {
+  return ((IntVec)load(from) >> 16) & 0xffff;
+}
+
+inline int32_t bits_of(BFloat16 x) { return x.bits; }
+inline int32_t bits_of(Float8 x) {
+  const float wide = widen(x);
+  int32_t bits;
+  std::memcpy(&bits, &wide, sizeof(bits));
+  return (bits >> 16) & 0xffff;
 }
 
 // Two neighbouring elements of a vector, which one instruction multiplies by two others.
@@ -88,23 +118,6 @@ KVC_INLINE void add_product(Vec& to, IntVec factor, IntVec column) {
   to = (Vec)_mm512_dpbf16_ps((__m512)to, (__m512bh)factor, (__m512bh)column);
 }
 #endif
-
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-inline float widen(Float16 x) { return float(x.value); }
-inline float widen(Float8 x) {
-  const int32_t low = (x.bits & 0x7f) << 20, sign = int32_t(x.bits >> 7) << 31;
-  float wide;
-  std::memcpy(&wide, &low, sizeof(wide));
-  wide *= 0x1p120f;
-  if ((x.bits & 0x7f) == 0x7f) wide = std::numeric_limits<float>::quiet_NaN();
-  return sign ? -wide : wide;
-}
 
 KVC_INLINE Vec choose(IntVec where, Vec yes, Vec no) {
   return (Vec)((where & (IntVec)yes) | (~where & (IntVec)no));

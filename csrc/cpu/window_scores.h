@@ -151,7 +151,7 @@ inline std::vector<Pair> paired(const WindowScores& call) {
 template <typename T>
 void window_scores(const WindowScores& call) {
 #ifdef KVC_PAIRS
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_same_v<T, BFloat16> || std::is_same_v<T, Float8>) {
     const std::vector<Pair> pairs = paired(call);
     if (!pairs.empty())
       return scores_of<T>(call, pairs.data(), (call.head_size + 1) / 2);

@@ -278,6 +278,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """Listen to our own selection; nothing of vLLM is touched."""
     from vllm_kvcompress.engine import executor, uneven
     from vllm_kvcompress.methods.snapkv import SnapKV
+    from vllm_kvcompress.ops.pages import PagedKeys
 
     record = Recording()
     select, score = executor.select, SnapKV.score
@@ -289,7 +290,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
     def recording_score(self: Any, queries: Any, keys: Any, *args: Any, **kw: Any):
         record.queries.append(queries.clone())
-        record.keys.append(keys.dense().clone())
+        held = keys.dense() if isinstance(keys, PagedKeys) else keys
+        record.keys.append(held.clone())
         return score(self, queries, keys, *args, **kw)
 
     def recording_select_each(scores: torch.Tensor, counts: list[int]) -> Any:
