@@ -21,7 +21,7 @@ from .head_pages import HeadPages
 from .kernels import choose_kernels
 from .layers import paired_layers, rate, reads_from
 from .layout import kernel_blocks
-from .merging import Part, merge_layers
+from .merging import merge_groups
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
 from .page_formats import KEYS, VALUES, find_scales, pages_of
@@ -209,7 +209,6 @@ class CompressionExecutor:
                 group = self._groups[index]
                 self._compress(group, request_id, rows[index], directive)
 
-    @torch.inference_mode()
     def _merge(
         self,
         request_id: str,
@@ -219,37 +218,18 @@ class CompressionExecutor:
     ) -> None:
         """Merge what the layers of two groups hold of a request."""
         groups = [self._groups[index] for index in pair]
-        size, directive = groups[0].block_size, directives[pair[1]]
-        scorer, sharing = self._scorers[directive.scorer], groups[1].rows
+        scorer, sharing = self._scorers[directives[pair[1]].scorer], groups[1].rows
         if not (isinstance(scorer, MiniCache) and isinstance(sharing, SharingRows)):
             raise TypeError(f"{KEY}: {scorer.name} merges no layers")
-        stay = directive.candidates[0] // size if directive.candidates else 0
-        if len(directive.destination) == stay:
-            return  # a selection has left no whole block
-        moved = directive.end_block - directive.shift - stay
-        selects = moved > len(directive.destination) - stay
-        for layers in zip(*(group.layers for group in groups), strict=True):
-            split = size // layers[0].kv_cache.shape[2]
-            parts = []
-            for index, layer, row in zip(pair, layers, rows, strict=True):
-                named = torch.tensor(directives[index].destination[stay:])
-                queries = None
-                if selects and scorer.needs_queries:
-                    window = layer.observation_window
-                    queries = window.of(request_id, directive.window)
-                target = kernel_blocks(named.long().to(self._device), split)
-                source = kernel_blocks(row[stay:], split)
-                parts.append(Part(layer, source, target, queries))
-            merge_layers(
-                scorer,
-                parts[0],
-                parts[1],
-                num_tokens=directive.num_tokens - (directive.shift + stay) * size,
-                candidates=moved * size,
-                merged_blocks=directive.merged_blocks * split,
-            )
-        if directive.merged_blocks:
-            shared = parts[1].target[: directive.merged_blocks * split]
+        shared = merge_groups(
+            scorer,
+            request_id,
+            list(zip(*(group.layers for group in groups), strict=True)),
+            rows,
+            [directives[index] for index in pair],
+            groups[0].block_size,
+        )
+        if len(shared):
             sharing.share(request_id, shared)
 
     @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Two neighbouring layers merge what they hold of a request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from ..methods.minicache import MiniCache
 from ..ops.merge import Merged, merge, strangeness
 from ..ops.select import select
+from ..plan import Compress
 from .layers import rate
+from .layout import kernel_blocks
 from .page_formats import KEYS, VALUES, Pages, pages_of
 
 
@@ -27,6 +30,55 @@ class Part:
     source: torch.Tensor
     target: torch.Tensor
     queries: torch.Tensor | None = None
+
+
+@torch.inference_mode()
+def merge_groups(
+    scorer: MiniCache,
+    request_id: str,
+    pairs: Sequence[tuple[Any, Any]],
+    rows: Sequence[torch.Tensor],
+    directives: Sequence[Compress],
+    block_size: int,
+) -> torch.Tensor:
+    """Merge what pairs of layers hold of a request.
+
+    Args:
+        scorer: Its parameters.
+        request_id: The request.
+        pairs: The layers of a lower group, each with that of an upper one.
+        rows: ``[count]`` int64 each, the blocks that either group holds.
+        directives: What is planned for either.
+        block_size: Tokens of a block.
+
+    Returns:
+        ``[merged]`` int64, the blocks of merged tokens, as kernels count them.
+    """
+    directive = directives[1]
+    stay = directive.candidates[0] // block_size if directive.candidates else 0
+    if len(directive.destination) == stay:
+        return rows[1][:0]  # a selection has left no whole block
+    moved = directive.end_block - directive.shift - stay
+    selects = moved > len(directive.destination) - stay
+    for pair in pairs:
+        split = block_size // pair[0].kv_cache.shape[2]
+        parts = []
+        for layer, row, do in zip(pair, rows, directives, strict=True):
+            named = torch.tensor(do.destination[stay:], device=row.device)
+            queries = None
+            if selects and scorer.needs_queries:
+                queries = layer.observation_window.of(request_id, directive.window)
+            target = kernel_blocks(named.long(), split)
+            parts.append(Part(layer, kernel_blocks(row[stay:], split), target, queries))
+        merge_layers(
+            scorer,
+            parts[0],
+            parts[1],
+            num_tokens=directive.num_tokens - (directive.shift + stay) * block_size,
+            candidates=moved * block_size,
+            merged_blocks=directive.merged_blocks * split,
+        )
+    return parts[1].target[: directive.merged_blocks * split]
 
 
 def merge_layers(
