@@ -30,7 +30,10 @@ KERNELS = Extension(
     f"{PACKAGE}._cpu",
     sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
     depends=["csrc/api.h", *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))],
-    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi", "-g0"],
+    extra_compile_args=[
+        *("-std=c++17", "-O3", "-g0", "-fopenmp"),
+        *("-Wno-psabi", "-Wno-maybe-uninitialized"),  # GCC's own headers
+    ],
     language="c++",
     optional=True,
     py_limited_api=True,

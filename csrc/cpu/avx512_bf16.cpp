@@ -1,7 +1,6 @@
 #include "includes.h"
 
 #ifdef __x86_64__
-#include <immintrin.h>
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define KVC_LANES 16
 #define KVC_PAIRS

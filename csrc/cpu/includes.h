@@ -9,4 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "../api.h"

@@ -123,25 +123,56 @@ KVC_INLINE Vec choose(IntVec where, Vec yes, Vec no) {
   return (Vec)((where & (IntVec)yes) | (~where & (IntVec)no));
 }
 
-KVC_INLINE Vec larger(Vec a, Vec b) { return choose(a > b, a, b); }
+KVC_INLINE Vec larger(Vec a, Vec b) {
+#if KVC_LANES == 16
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return choose(a > b, a, b);
+#endif
+}
 
-// exp(x) for x <= 0 to about one unit in the last place; 0 below -87. The polynomial
-// is that of Cephes' expf.
-KVC_INLINE Vec exp_of_negative(Vec x) {
-  const IntVec alive = x > -87.f;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 2^x for x <= 0 to about one unit in the last place; 0 for those that underflow. The
+// polynomial is that of Cephes' exp2f.
+KVC_INLINE Vec power_of_2(Vec x) {
+#if KVC_LANES == 16
+  x = (Vec)_mm512_max_ps((__m512)x, (__m512)all(-200.f));
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 8);  // to the nearest
+#else
+  const IntVec alive = x > -126.f;
   x = choose(alive, x, all(0.f));
   const Vec magic = all(0x1.8p23f);  // adding it rounds to a whole number
-  const Vec whole = (x * 1.44269504088896341f + magic) - magic;
-  const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Vec y = all(1.9875691500e-4f);
-  y = y * rest + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.f;
+  const Vec whole = (x + magic) - magic;
+#endif
+  const Vec rest = x - whole;
+  Vec y = all(1.535336188319500e-4f);
+  y = y * rest + 1.339887440266574e-3f;
+  y = y * rest + 9.618437357674640e-3f;
+  y = y * rest + 5.550332471162809e-2f;
+  y = y * rest + 2.402264791363012e-1f;
+  y = y * rest + 6.931472028550421e-1f;
+  y = y * rest + 1.f;
+#if KVC_LANES == 16
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
   const IntVec power = __builtin_convertvector(whole, IntVec) << 23;
   return choose(alive, (Vec)((IntVec)y + power), all(0.f));
+#endif
+}
+
+KVC_INLINE Vec exp_of_negative(Vec x) { return power_of_2(x * LOG2_E); }
+
+// Whether an element of a is larger than that of b.
+KVC_INLINE bool any_larger(Vec a, Vec b) {
+#if KVC_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+  const IntVec found = a > b;
+  int32_t some = 0;
+  for (int i = 0; i < LANES; ++i) some |= found[i];
+  return some != 0;
+#endif
 }
 
 KVC_INLINE Vec tanh(Vec x) {

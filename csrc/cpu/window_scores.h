@@ -1,6 +1,6 @@
 // Attention mass of the observation window: the meaning is
 // vllm_kvcompress/ops/window_scores.py. Keys are read twice, once for each query's
-// largest logit and sum of exponentials, once for the votes.
+// largest logit and sum of exponentials, once for the votes. Logits are to base 2.
 
 struct Window {
   const int64_t* seen;  // [rows], tokens that it sees
@@ -19,10 +19,12 @@ KVC_INLINE void rows_of_tile(const Window& window, const Unit* queries, int64_t 
   Vec found[N][VECS];
   product<N, VECS>(queries + row * units, units, keys, TILE, units, found);
   for (int n = 0; n < N; ++n) {
-    for (int v = 0; v < VECS; ++v) found[n][v] *= window.scale;
     if (window.softcap > 0)
       for (int v = 0; v < VECS; ++v)
-        found[n][v] = window.softcap * tanh(found[n][v] / window.softcap);
+        found[n][v] =
+            window.softcap * LOG2_E * tanh(found[n][v] * window.scale / window.softcap);
+    else
+      for (int v = 0; v < VECS; ++v) found[n][v] *= window.scale * LOG2_E;
     if (token + TILE > window.seen[row + n])
       for (int v = 0; v < VECS; ++v)
         for (int i = 0; i < LANES; ++i)
@@ -43,6 +45,8 @@ KVC_INLINE void all_tiles(const Window& window, const Unit* queries,
     int64_t row = 0;
     for (; row + ROWS <= window.rows; row += ROWS)
       rows_of_tile<ROWS>(window, queries, row, keys.data(), token, take);
+    for (; row + 2 <= window.rows; row += 2)
+      rows_of_tile<2>(window, queries, row, keys.data(), token, take);
     for (; row < window.rows; ++row)
       rows_of_tile<1>(window, queries, row, keys.data(), token, take);
   }
@@ -55,19 +59,22 @@ void chunk_sums(const Window& window, const Unit* queries, const HeadPages<T>& p
   constexpr float lowest = std::numeric_limits<float>::lowest();
   std::vector<float> tops(window.rows * LANES, lowest), totals(window.rows * LANES);
   auto take = [&](int64_t row, int64_t, const Vec (&logits)[VECS]) {
-    const Vec top = load(&tops[row * LANES]);
-    Vec high = top;
-    for (int v = 0; v < VECS; ++v) high = larger(high, logits[v]);
-    Vec total = load(&totals[row * LANES]) * exp_of_negative(top - high);
-    for (int v = 0; v < VECS; ++v) total += exp_of_negative(logits[v] - high);
-    store(&tops[row * LANES], high);
+    Vec top = load(&tops[row * LANES]), total = load(&totals[row * LANES]);
+    Vec high = logits[0];
+    for (int v = 1; v < VECS; ++v) high = larger(high, logits[v]);
+    if (any_larger(high, top)) {
+      high = larger(high, top);
+      total *= power_of_2(top - high);
+      store(&tops[row * LANES], top = high);
+    }
+    for (int v = 0; v < VECS; ++v) total += power_of_2(logits[v] - top);
     store(&totals[row * LANES], total);
   };
   all_tiles(window, queries, pages, first, end, take);
   for (int64_t row = 0; row < window.rows; ++row) {
     const Vec top = load(&tops[row * LANES]);
     most[row] = largest(top);
-    sums[row] = sum(load(&totals[row * LANES]) * exp_of_negative(top - most[row]));
+    sums[row] = sum(load(&totals[row * LANES]) * power_of_2(top - most[row]));
   }
 }
 
@@ -81,7 +88,7 @@ void chunk_votes(const Window& window, const Unit* queries, const HeadPages<T>& 
     const Vec share = all(shares[row]);
     for (int v = 0; v < VECS; ++v) {
       float* own = &votes[token - first + v * LANES];
-      store(own, load(own) + share * exp_of_negative(logits[v] - most[row]));
+      store(own, load(own) + share * power_of_2(logits[v] - most[row]));
     }
   };
   all_tiles(window, queries, pages, first, end, take);
@@ -120,7 +127,7 @@ void scores_of(const WindowScores& call, const Unit* queries, int64_t units) {
       for (int64_t task = head * chunks; task < (head + 1) * chunks; ++task)
         top = std::max(top, most[task * rows + row]);
       for (int64_t task = head * chunks; task < (head + 1) * chunks; ++task)
-        total += sums[task * rows + row] * std::exp(most[task * rows + row] - top);
+        total += sums[task * rows + row] * std::exp2(most[task * rows + row] - top);
       tops[head * rows + row] = top;
       shares[head * rows + row] = total > 0 ? call.weights[row] / total : 0.f;
     }
