@@ -1,0 +1,203 @@
+"""A plan as tables with a sentence each, and as a picture."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan_figures import Record
+from .plan_pool import FORMATS, Pool
+
+GIB = 2**30
+_UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: three digits."""
+    for unit, bytes_ in _UNITS:
+        if (value := count / bytes_) >= 0.9995:
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:,.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def label(record: Record) -> str:
+    """The methods of a row, and their budget."""
+    first, *others = record["methods"]
+    more = f" +{len(others)}" if others else ""
+    budget = f", {record['budget']:,}" if record["budget"] else ""
+    return f"{first}{more}{budget}"
+
+
+def model_lines(pool: Pool) -> Iterator[str]:
+    """What the model stores, in sentences."""
+    model = pool.model
+    full = len(model.full)
+    parts = [f"{full} that store all tokens"] * bool(full)
+    for window in sorted({layer.window for layer in model.layers} - {None}):
+        count = sum(layer.window == window for layer in model.layers)
+        parts.append(f"{count} that store a window of {window:,}")
+    if less := model.num_layers - len(model.layers):
+        parts.append(f"{less} that store no keys and values")
+    yield f"{model.architecture}: {model.num_layers} layers, {'; '.join(parts)}."
+    shapes = sorted({(layer.kv_heads, layer.elements) for layer in model.layers})
+    each = " or ".join(
+        f"one latent of {elements}"
+        if model.mla
+        else f"{heads} KV heads x 2 x {elements // 2}"
+        for heads, elements in shapes
+    )
+    bits, scaled = FORMATS[pool.dtype]
+    scales = ", and two scales of 4 bytes per KV head" if scaled else ""
+    yield f"A token of a layer is {each} elements of {bits} bits{scales}."
+    yield from (f"Note: {note}." for note in model.notes)
+
+
+def full_table(pool: Pool, lengths: Sequence[int], batches: Sequence[int]) -> Table:
+    """Bytes of the full cache, requests by lengths."""
+    table = _table("Full KV cache", "tokens", [f"{n} at once" for n in batches])
+    for length in lengths:
+        held = pool.held(length) * pool.block_bytes
+        table.add_row(f"{length:,}", *(size(held * batch) for batch in batches))
+    return table
+
+
+def figure_table(
+    title: str, records: Sequence[Record], key: str, show: Callable[[float], str]
+) -> Table:
+    """One figure, methods by lengths; the last column is ``longest``, if counted."""
+    lengths = list(records[0][key])
+    counted = key == "requests"
+    heads = [f"{n:,}" for n in lengths] + ["longest"] * counted
+    table = _table(title, "", heads)
+    for record in records:
+        cells = [show(record[key][n]) for n in lengths]
+        table.add_row(label(record), *cells, *[f"{record['longest']:,}"] * counted)
+    return table
+
+
+def _table(title: str, corner: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(corner, no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def held_sentence(records: Sequence[Record]) -> str:
+    """Which method holds the least of the longest prompt."""
+    length = max(records[0]["held_bytes"])
+    held = [record["held_bytes"][length] for record in records]
+    least = min(range(len(records)), key=held.__getitem__)
+    if not least:
+        return f"Of {length:,} tokens no method holds less than the full cache."
+    return (
+        f"Of {length:,} tokens {label(records[least])} holds the least: "
+        f"{held[0] / held[least]:.1f} times less than the full cache."
+    )
+
+
+def peak_sentence(records: Sequence[Record]) -> str:
+    """Why prompts take more than the full cache before they take less."""
+    length = max(records[0]["peak_bytes"])
+    peaks = [record["peak_bytes"][length] for record in records]
+    if min(peaks) < peaks[0]:
+        return "Compressed while it is read, a prompt never holds all of its tokens."
+    return (
+        "A prompt is read whole before it is compressed, and what is kept is copied "
+        "beside it."
+    )
+
+
+def requests_sentence(records: Sequence[Record], space: int) -> str:
+    """How many more requests run with the best method."""
+    length = max(records[0]["requests"])
+    counts = [record["requests"][length] for record in records]
+    best = max(range(len(records)), key=counts.__getitem__)
+    if not counts[best]:
+        return f"No request of {length:,} tokens fits into {size(space)}."
+    if not best:
+        return f"Of {length:,} tokens no method lets more requests run."
+    return (
+        f"Into {size(space)} fit {counts[0]:,} requests of {length:,} tokens with the "
+        f"full cache, {counts[best]:,} with {label(records[best])}. What they answer "
+        "takes more."
+    )
+
+
+def names(records: Sequence[Record]) -> Iterator[str]:
+    """Spell out the rows that stand for several methods."""
+    groups = {tuple(record["methods"]) for record in records}
+    for first, *others in sorted(group for group in groups if len(group) > 1):
+        yield f"{first} +{len(others)}: also {', '.join(others)}."
+
+
+def show(
+    stock: Pool,
+    records: Sequence[Record],
+    refused: dict[str, str],
+    batches: Sequence[int],
+    space: int | None,
+) -> None:
+    """Print all tables."""
+    console = Console(highlight=False)
+
+    def say(lines: Iterator[str] | Sequence[str]) -> None:
+        for line in lines:
+            console.print(line, markup=False)
+
+    lengths = list(records[0]["held_bytes"])
+    say(model_lines(stock))
+    console.print(full_table(stock, lengths, batches))
+    block = size(stock.block_bytes)
+    say([f"In blocks of {stock.block_size} tokens, {block} each in all layers."])
+    if len(records) > 1:
+        console.print(
+            figure_table("Held after the prompt", records, "held_bytes", size)
+        )
+        say([held_sentence(records), *names(records)])
+        title = "Held at most while the prompt is read"
+        console.print(figure_table(title, records, "peak_bytes", size))
+        say([peak_sentence(records)])
+    if space is not None:
+        title = "Requests that fit, and the longest prompt"
+        console.print(figure_table(title, records, "requests", "{:,}".format))
+        say([requests_sentence(records, space)])
+    say(_refusal_lines(refused))
+
+
+def _refusal_lines(refused: dict[str, str]) -> Iterator[str]:
+    for reason in dict.fromkeys(refused.values()):
+        methods = [name for name, own in refused.items() if own == reason]
+        yield f"Not planned: {', '.join(methods)}: {reason}."
+
+
+def draw(curves: Sequence[Record], title: str, space: int | None, file: Path) -> None:
+    """KV bytes held over the length of the prompt, a line per row."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for number, record in enumerate(curves):
+        lengths, held = zip(*record["held_bytes"].items(), strict=True)
+        axis.plot(
+            lengths,
+            [count / GIB for count in held],
+            color="black" if not number else f"C{(number - 1) % 10}",
+            linestyle="--" if not number else ("-", ":")[(number - 1) // 10 % 2],
+            label=label(record),
+        )
+    if space is not None:
+        axis.axhline(space / GIB, color="red", linewidth=0.8, label="memory for KV")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_xlabel("tokens of the prompt")
+    axis.set_ylabel("KV held by one request, GiB")
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(file, dpi=110)
