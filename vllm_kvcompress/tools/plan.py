@@ -113,9 +113,7 @@ def run(args: argparse.Namespace) -> int:
     limit = max(limit, *lengths) if not args.max_model_len else limit
     found, refused = options(stock, methods, args.budgets, args.config)
     made = records(stock, found, lengths, space, limit)
-    for line in memory:
-        print(line)
-    show(stock, made, refused, args.batch, space)
+    show(stock, made, refused, args.batch, space, memory)
     if args.json:
         result = {
             "model": args.model,
@@ -133,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         low, high = min(*lengths, 1024), max(lengths)
         ratio = (high / low) ** (1 / POINTS)
         points = sorted({round(low * ratio**step) for step in range(POINTS + 1)})
-        curves = records(stock, found, points, space, limit)
+        curves = records(stock, found, points, None, limit)
         draw(curves, f"KV cache of {Path(args.model).name}", space, args.plot)
     return 0
 

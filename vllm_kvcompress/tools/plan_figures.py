@@ -37,6 +37,7 @@ def record(
     found: Record = {
         "methods": [name],
         "budget": budget,
+        "incremental": pool.config is not None and pool.config.most_tokens is not None,
         "held_bytes": {n: pool.held(n) * size for n in lengths},
         "peak_bytes": {n: pool.peak(n) * size for n in lengths},
     }
@@ -59,13 +60,13 @@ def records(
         made = record(option.method, option.budget, option.pool, lengths, space, limit)
         by_method.setdefault(option.method, []).append(made)
     groups: list[list[Record]] = []
-    for made in by_method.values():
-        same = next((group for group in groups if _same(group, made)), None)
+    for own in by_method.values():
+        same = next((group for group in groups if _same(group, own)), None)
         if same is None:
-            groups.append(made)
+            groups.append(own)
             continue
         for one in same:
-            one["methods"] += made[0]["methods"]
+            one["methods"] += own[0]["methods"]
     full = record(STOCK, None, stock, lengths, space, limit)
     return [full, *(one for group in groups for one in group)]
 

@@ -16,6 +16,8 @@ STATES = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
 NO_MIXER = ("mlp", "moe")
 ALIBI = ("bloom", "mpt", "jais", "baichuan")
 SINKS = ("gpt_oss",)
+PREFIX_LM = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
+"""Whose images see all of themselves, as vLLM lists them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def load(source: str) -> Any:
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ToolError(f"{source} is no folder of a model: it has no config.json")
+    if not path.exists() and (path.is_absolute() or source.count("/") != 1):
+        raise ToolError(f"{source} is no folder of a model: it does not exist")
     register_configs()
     try:
         return AutoConfig.from_pretrained(source)
@@ -110,9 +114,8 @@ def model_kv(name: str, config: Any) -> ModelKV:
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     layer_map = getattr(text, "layer_map", None)
     kinds = _kinds(name, text)
-    made = [_layer(name, text, index, kind) for index, kind in enumerate(kinds)]
-    made = _shared(text, kinds, made, layer_map)
-    layers = tuple(layer for layer in made if layer is not None)
+    every = [_layer(name, text, index, kind) for index, kind in enumerate(kinds)]
+    layers = _stored(text, kinds, every, layer_map)
     if not layers:
         raise ToolError(f"{name} has no attention layer that stores keys and values")
     return ModelKV(
@@ -123,7 +126,9 @@ def model_kv(name: str, config: Any) -> ModelKV:
         max_len=getattr(text, "max_position_embeddings", None)
         or getattr(text, "max_seq_len", None),
         mla=_mla(text),
-        refusal=_refusal(text, layers, layer_map),
+        refusal="multimodal prefixes that look ahead cannot be compressed"
+        if config.model_type in PREFIX_LM
+        else _refusal(text, layers, layer_map),
         notes=tuple(_notes(text, kinds)),
     )
 
@@ -191,13 +196,13 @@ def _kv_heads(text: Any) -> int | None:
     return next(filter(None, found), getattr(nested, "kv_n_heads", None))
 
 
-def _shared(
+def _stored(
     text: Any,
     kinds: Sequence[str],
     layers: Sequence[KVLayer | None],
     layer_map: LayerMap | None,
-) -> list[KVLayer | None]:
-    """The same layers without those that read another's KV."""
+) -> tuple[KVLayer, ...]:
+    """The layers with KV of their own; others read one of these, or have none."""
     count = len(layers)
     owners = list(range(count))
     if layer_map is not None:
@@ -209,7 +214,7 @@ def _shared(
         first = count - readers
         last = {kind: layer for layer, kind in enumerate(kinds[:first])}
         owners[first:] = [last[kind] for kind in kinds[first:]]
-    found: list[KVLayer | None] = []
+    found: list[KVLayer] = []
     for index, layer in enumerate(layers):
         if layer is None or owners[index] != index:
             continue
@@ -219,7 +224,7 @@ def _shared(
             window = getattr(text, "sliding_window", None) if keeps else None
             layer = replace(layer, window=window)
         found.append(layer)
-    return found
+    return tuple(found)
 
 
 def _refusal(

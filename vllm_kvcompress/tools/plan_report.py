@@ -1,6 +1,6 @@
 """A plan as tables with a sentence each, and as a picture."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,13 +34,12 @@ def model_lines(pool: Pool) -> Iterator[str]:
     """What the model stores, in sentences."""
     model = pool.model
     full = len(model.full)
-    parts = [f"{full} that store all tokens"] * bool(full)
-    for window in sorted({layer.window for layer in model.layers} - {None}):
+    parts = [f"all tokens in {full}"] * bool(full)
+    for window in sorted({layer.window or 0 for layer in model.layers} - {0}):
         count = sum(layer.window == window for layer in model.layers)
-        parts.append(f"{count} that store a window of {window:,}")
-    if less := model.num_layers - len(model.layers):
-        parts.append(f"{less} that store no keys and values")
-    yield f"{model.architecture}: {model.num_layers} layers, {'; '.join(parts)}."
+        parts.append(f"a window of {window:,} in {count}")
+    stored = " and ".join(parts)
+    yield f"{model.architecture} stores {stored} of its {model.num_layers} layers."
     shapes = sorted({(layer.kv_heads, layer.elements) for layer in model.layers})
     each = " or ".join(
         f"one latent of {elements}"
@@ -56,7 +55,7 @@ def model_lines(pool: Pool) -> Iterator[str]:
 
 def full_table(pool: Pool, lengths: Sequence[int], batches: Sequence[int]) -> Table:
     """Bytes of the full cache, requests by lengths."""
-    table = _table("Full KV cache", "tokens", [f"{n} at once" for n in batches])
+    table = _table("tokens", [f"{n} at once" for n in batches])
     for length in lengths:
         held = pool.held(length) * pool.block_bytes
         table.add_row(f"{length:,}", *(size(held * batch) for batch in batches))
@@ -64,21 +63,21 @@ def full_table(pool: Pool, lengths: Sequence[int], batches: Sequence[int]) -> Ta
 
 
 def figure_table(
-    title: str, records: Sequence[Record], key: str, show: Callable[[float], str]
+    records: Sequence[Record], key: str, show: Callable[[float], str]
 ) -> Table:
     """One figure, methods by lengths; the last column is ``longest``, if counted."""
     lengths = list(records[0][key])
     counted = key == "requests"
     heads = [f"{n:,}" for n in lengths] + ["longest"] * counted
-    table = _table(title, "", heads)
+    table = _table("tokens of the prompt", heads)
     for record in records:
         cells = [show(record[key][n]) for n in lengths]
         table.add_row(label(record), *cells, *[f"{record['longest']:,}"] * counted)
     return table
 
 
-def _table(title: str, corner: str, heads: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(corner: str, heads: Sequence[str]) -> Table:
+    table = Table()
     table.add_column(corner, no_wrap=True)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
@@ -100,10 +99,8 @@ def held_sentence(records: Sequence[Record]) -> str:
 
 def peak_sentence(records: Sequence[Record]) -> str:
     """Why prompts take more than the full cache before they take less."""
-    length = max(records[0]["peak_bytes"])
-    peaks = [record["peak_bytes"][length] for record in records]
-    if min(peaks) < peaks[0]:
-        return "Compressed while it is read, a prompt never holds all of its tokens."
+    if any(record["incremental"] for record in records):
+        return "A prompt is compressed while it is read; longer ones take no more."
     return (
         "A prompt is read whole before it is compressed, and what is kept is copied "
         "beside it."
@@ -118,7 +115,7 @@ def requests_sentence(records: Sequence[Record], space: int) -> str:
     if not counts[best]:
         return f"No request of {length:,} tokens fits into {size(space)}."
     if not best:
-        return f"Of {length:,} tokens no method lets more requests run."
+        return f"Into {size(space)} fit {counts[0]:,} requests of {length:,} tokens."
     return (
         f"Into {size(space)} fit {counts[0]:,} requests of {length:,} tokens with the "
         f"full cache, {counts[best]:,} with {label(records[best])}. What they answer "
@@ -136,38 +133,51 @@ def names(records: Sequence[Record]) -> Iterator[str]:
 def show(
     stock: Pool,
     records: Sequence[Record],
-    refused: dict[str, str],
+    refused: Mapping[str, str],
     batches: Sequence[int],
     space: int | None,
+    memory: Sequence[str],
 ) -> None:
-    """Print all tables."""
+    """Print all tables, each with its title above and its meaning below."""
     console = Console(highlight=False)
 
-    def say(lines: Iterator[str] | Sequence[str]) -> None:
+    def say(*lines: str) -> None:
         for line in lines:
             console.print(line, markup=False)
 
-    lengths = list(records[0]["held_bytes"])
-    say(model_lines(stock))
-    console.print(full_table(stock, lengths, batches))
-    block = size(stock.block_bytes)
-    say([f"In blocks of {stock.block_size} tokens, {block} each in all layers."])
+    def section(title: str, table: Table, *lines: str) -> None:
+        console.print(f"\n{title}", style="bold")
+        console.print(table)
+        say(*lines)
+
+    say(*model_lines(stock), *memory)
+    section(
+        "Full KV cache",
+        full_table(stock, list(records[0]["held_bytes"]), batches),
+        f"In blocks of {stock.block_size} tokens, of {size(stock.block_bytes)} each.",
+    )
     if len(records) > 1:
-        console.print(
-            figure_table("Held after the prompt", records, "held_bytes", size)
+        section(
+            "Held by one request after its prompt",
+            figure_table(records, "held_bytes", size),
+            held_sentence(records),
+            *names(records),
         )
-        say([held_sentence(records), *names(records)])
-        title = "Held at most while the prompt is read"
-        console.print(figure_table(title, records, "peak_bytes", size))
-        say([peak_sentence(records)])
+        section(
+            "Held by one request at most, while its prompt is read",
+            figure_table(records, "peak_bytes", size),
+            peak_sentence(records),
+        )
     if space is not None:
-        title = "Requests that fit, and the longest prompt"
-        console.print(figure_table(title, records, "requests", "{:,}".format))
-        say([requests_sentence(records, space)])
-    say(_refusal_lines(refused))
+        section(
+            "Requests that fit, and the longest prompt that does",
+            figure_table(records, "requests", "{:,}".format),
+            requests_sentence(records, space),
+        )
+    say(*_refusal_lines(refused))
 
 
-def _refusal_lines(refused: dict[str, str]) -> Iterator[str]:
+def _refusal_lines(refused: Mapping[str, str]) -> Iterator[str]:
     for reason in dict.fromkeys(refused.values()):
         methods = [name for name, own in refused.items() if own == reason]
         yield f"Not planned: {', '.join(methods)}: {reason}."
@@ -187,6 +197,7 @@ def draw(curves: Sequence[Record], title: str, space: int | None, file: Path) ->
             [count / GIB for count in held],
             color="black" if not number else f"C{(number - 1) % 10}",
             linestyle="--" if not number else ("-", ":")[(number - 1) // 10 % 2],
+            linewidth=max(1.0, 5 - 0.5 * number),  # so that equal lines show
             label=label(record),
         )
     if space is not None:
