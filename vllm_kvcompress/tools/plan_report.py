@@ -19,7 +19,7 @@ def size(count: float) -> str:
         if (value := count / bytes_) >= 0.9995:
             digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
             return f"{value:,.{digits}f} {unit}"
-    return f"{count:.0f} B"
+    return f"{count:,.0f} B"
 
 
 def label(record: Record) -> str:
