@@ -172,6 +172,7 @@ def test_pages_of_two_sizes() -> None:
 
 
 @pytest.mark.vllm
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5))
 def test_vllm_groups_so(sizes) -> None:
     import torch

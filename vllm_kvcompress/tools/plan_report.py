@@ -72,7 +72,8 @@ def figure_table(
     table = _table("tokens of the prompt", heads)
     for record in records:
         cells = [show(record[key][n]) for n in lengths]
-        table.add_row(label(record), *cells, *[f"{record['longest']:,}"] * counted)
+        cells += [f"{record['longest']:,}"] if counted else []
+        table.add_row(label(record), *cells)
     return table
 
 
