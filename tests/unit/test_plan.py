@@ -64,6 +64,15 @@ def test_tables(tmp_path, capsys) -> None:
     assert snapkv["requests"]["131072"] == 1 + (40 * 512 - 1 - 16 * 512) // 64
 
 
+def test_sentence_is_about_what_fits(tmp_path, capsys) -> None:
+    for space, sentence in (
+        ("6.5", "Into 6.50 GiB fit 1 request of 32,768 tokens with the full cache, 2"),
+        ("0.1", "No request of 4,096 tokens fits into 102 MiB."),
+    ):
+        planned(tmp_path, LLAMA, "--kv-space", space)
+        assert sentence in " ".join(capsys.readouterr().out.split())
+
+
 def test_config_file_and_settings(tmp_path, capsys) -> None:
     file = Path(folder(tmp_path, LLAMA)) / "config.json"
     settings = '{"prefill": "incremental", "decode": {"interval": 128}}'

@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder of a model, config.json, or a hub name")
     add("--lengths", type=budget_list, help="tokens of prompts, such as 4096,32768")
     add("--max-model-len", type=positive, help="longest prompt (default: the model's)")
-    add("--batch", type=budget_list, default="1,8,64", help="requests (%(default)s)")
+    add(
+        "--batch",
+        type=budget_list,
+        default="1,8,64",
+        help="requests at once (%(default)s)",
+    )
     add("--methods", help="such as snapkv,minicache (default: all)")
     add(
         "--budgets",
@@ -39,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="more settings for all methods, as JSON, such as "
         '\'{"prefill": "incremental", "decode": {"interval": 128}}\'',
     )
-    add("--gpu-memory", type=gibibytes, metavar="GiB", help="of all GPUs together")
+    add(
+        "--gpu-memory",
+        type=gibibytes,
+        metavar="GiB",
+        help="memory of all GPUs together",
+    )
     add(
         "--gpu-memory-utilization",
         type=share,

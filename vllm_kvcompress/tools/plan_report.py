@@ -53,10 +53,10 @@ def model_lines(pool: Pool) -> Iterator[str]:
     yield from (f"Note: {note}." for note in model.notes)
 
 
-def full_table(pool: Pool, lengths: Sequence[int], batches: Sequence[int]) -> Table:
-    """Bytes of the full cache, requests by lengths."""
+def full_table(pool: Pool, tokens: Sequence[int], batches: Sequence[int]) -> Table:
+    """Bytes of the full cache, lengths by requests at once."""
     table = _table("tokens", [f"{n} at once" for n in batches])
-    for length in lengths:
+    for length in tokens:
         held = pool.held(length) * pool.block_bytes
         table.add_row(f"{length:,}", *(size(held * batch) for batch in batches))
     return table
@@ -66,12 +66,11 @@ def figure_table(
     records: Sequence[Record], key: str, show: Callable[[float], str]
 ) -> Table:
     """One figure, methods by lengths; the last column is ``longest``, if counted."""
-    lengths = list(records[0][key])
     counted = key == "requests"
-    heads = [f"{n:,}" for n in lengths] + ["longest"] * counted
+    heads = [f"{n:,}" for n in lengths(records)] + ["longest"] * counted
     table = _table("tokens of the prompt", heads)
     for record in records:
-        cells = [show(record[key][n]) for n in lengths]
+        cells = [show(record[key][n]) for n in lengths(records)]
         cells += [f"{record['longest']:,}"] if counted else []
         table.add_row(label(record), *cells)
     return table
@@ -87,7 +86,7 @@ def _table(corner: str, heads: Sequence[str]) -> Table:
 
 def held_sentence(records: Sequence[Record]) -> str:
     """Which method holds the least of the longest prompt."""
-    length = max(records[0]["held_bytes"])
+    length = max(lengths(records))
     held = [record["held_bytes"][length] for record in records]
     least = min(range(len(records)), key=held.__getitem__)
     if not least:
@@ -104,24 +103,33 @@ def peak_sentence(records: Sequence[Record]) -> str:
         return "A prompt is compressed while it is read; longer ones take no more."
     return (
         "A prompt is read whole before it is compressed, and what is kept is copied "
-        "beside it."
+        'beside it (unless "prefill" is "incremental").'
     )
 
 
 def requests_sentence(records: Sequence[Record], space: int) -> str:
-    """How many more requests run with the best method."""
-    length = max(records[0]["requests"])
-    counts = [record["requests"][length] for record in records]
-    best = max(range(len(records)), key=counts.__getitem__)
-    if not counts[best]:
-        return f"No request of {length:,} tokens fits into {size(space)}."
-    if not best:
-        return f"Into {size(space)} fit {counts[0]:,} requests of {length:,} tokens."
+    """How many more requests run with the best method, of the longest that do."""
+    counts = {
+        n: [record["requests"][n] for record in records] for n in lengths(records)
+    }
+    fitting = [n for n in counts if max(counts[n])]
+    if not fitting:
+        return f"No request of {min(counts):,} tokens fits into {size(space)}."
+    length = max([n for n in fitting if counts[n][0]] or fitting)
+    full, most = counts[length][0], max(counts[length])
+    best = records[counts[length].index(most)]
+    many = f"{full:,} request{'s' * (full != 1)} of {length:,} tokens"
+    if most == full:
+        return f"Into {size(space)} fit {many}."
     return (
-        f"Into {size(space)} fit {counts[0]:,} requests of {length:,} tokens with the "
-        f"full cache, {counts[best]:,} with {label(records[best])}. What they answer "
-        "takes more."
+        f"Into {size(space)} fit {many} with the full cache, {most:,} with "
+        f"{label(best)}. What they answer takes more."
     )
+
+
+def lengths(records: Sequence[Record]) -> list[int]:
+    """The lengths that records are about."""
+    return list(records[0]["held_bytes"])
 
 
 def names(records: Sequence[Record]) -> Iterator[str]:
@@ -154,7 +162,7 @@ def show(
     say(*model_lines(stock), *memory)
     section(
         "Full KV cache",
-        full_table(stock, list(records[0]["held_bytes"]), batches),
+        full_table(stock, lengths(records), batches),
         f"In blocks of {stock.block_size} tokens, of {size(stock.block_bytes)} each.",
     )
     if len(records) > 1:
@@ -192,13 +200,12 @@ def draw(curves: Sequence[Record], title: str, space: int | None, file: Path) ->
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
     for number, record in enumerate(curves):
-        lengths, held = zip(*record["held_bytes"].items(), strict=True)
         axis.plot(
-            lengths,
-            [count / GIB for count in held],
+            lengths(curves),
+            [count / GIB for count in record["held_bytes"].values()],
             color="black" if not number else f"C{(number - 1) % 10}",
             linestyle="--" if not number else ("-", ":")[(number - 1) // 10 % 2],
-            linewidth=max(1.0, 5 - 0.5 * number),  # so that equal lines show
+            linewidth=max(1.0, 3.5 - 0.3 * number),  # so that equal lines show
             label=label(record),
         )
     if space is not None:
