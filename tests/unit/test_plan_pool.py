@@ -13,6 +13,7 @@ from vllm_kvcompress.footprint import Footprint
 from vllm_kvcompress.tools.plan_model import KVLayer, ModelKV
 from vllm_kvcompress.tools.plan_pool import (
     FORMATS,
+    STEPS_AHEAD,
     Pool,
     factor_bytes,
     group_counts,
@@ -193,6 +194,29 @@ def test_vllm_groups_so(sizes) -> None:
     groups = _get_kv_cache_groups_uniform_page_size(specs)
     first = [group.layer_names[0].partition(".")[0] for group in groups]
     assert [first.count(str(n)) for n in range(len(sizes))] == group_counts(sizes)
+
+
+@pytest.mark.vllm
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 5000),
+    batched=st.integers(1, 2000),
+    window=st.integers(1, 2000),
+    chunked=st.booleans(),
+)
+def test_vllm_admits_windows_so(tokens, batched, window, chunked) -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
+
+    cls = ChunkedLocalAttentionSpec if chunked else SlidingWindowSpec
+    name = "attention_chunk_size" if chunked else "sliding_window"
+    shape = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.float16}
+    spec = cls(block_size=16, **shape, **{name: window})
+    of = ModelKV("x", "X", 1, (KVLayer(0, 2, 128, window, chunked),))
+    made = Pool(of, "auto", 16, batched)
+    cap = spec.max_admission_blocks_per_request(STEPS_AHEAD * batched, tokens)
+    assert made.needed(tokens) == min(-(-tokens // 16), cap)
+    assert made.block_bytes == spec.page_size_bytes
 
 
 @pytest.mark.vllm

@@ -14,6 +14,7 @@ from ..config import KVCompressionConfig
 from .plan_model import KVLayer, ModelKV
 
 SCALE_BYTES = 4
+STEPS_AHEAD = 2  # with asynchronous scheduling, vLLM's default
 FORMATS = {
     "auto": (16, False),  # vLLM takes 16 bits for models that are stored in float32
     "float16": (16, False),
@@ -205,7 +206,8 @@ class Pool:
     def _chunk_blocks(self, bucket: Bucket, num_tokens: int) -> int:
         """What vLLM admits of a sliding layer while a prompt is read."""
         window, chunked = bucket.layers[0].window or 0, bucket.layers[0].chunked
-        tokens = min(window - (not chunked) + self.batched_tokens, num_tokens)
+        tokens = window - (not chunked) + STEPS_AHEAD * self.batched_tokens
+        tokens = min(tokens, num_tokens)
         return -(-tokens // bucket.block_size) + (not chunked)
 
     def blocks_in(self, space: int) -> int:
