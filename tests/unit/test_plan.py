@@ -168,6 +168,11 @@ def test_bad_arguments(tmp_path, capsys, flags, error, code) -> None:
         ('{"model_type": "telepathy"}', "`telepathy`"),
         ('{"model_type": "mamba"}', "no attention layer"),
         ('{"model_type": "llama", "num_hidden_layers": "x"}', "no readable config"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "no readable config"),
+        ('{"model_type": "llama", "head_dim": -1}', "cannot be used"),
+        ('{"model_type": "llama", "kv_lora_rank": 512}', "cannot be used"),
+        ('{"model_type": "llama", "sliding_window": "x"}', "cannot be used"),
+        ('{"model_type": "gemma3n_text", "num_hidden_layers": 7}', "cannot be used"),
     ],
 )
 def test_bad_models(tmp_path, capsys, content, error) -> None:

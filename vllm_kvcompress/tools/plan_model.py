@@ -19,6 +19,15 @@ SINKS = ("gpt_oss",)
 PREFIX_LM = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 """Whose images see all of themselves, as vLLM lists them."""
 
+WRONG = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+"""What code that reads a config raises where the config makes no sense."""
+
 
 @dataclass(frozen=True)
 class KVLayer:
@@ -93,7 +102,7 @@ def load(source: str) -> Any:
     register_configs()
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (OSError, StrictDataclassError, *WRONG) as error:
         sentence = " ".join(str(error).split()).partition(". ")[0]
         raise ToolError(f"{source} has no readable config: {sentence}") from None
 
@@ -110,21 +119,39 @@ def model_kv(name: str, config: Any) -> ModelKV:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ToolError(f"{name} is an encoder-decoder model, which is not planned for")
+    try:
+        model = _read(name, config)
+    except WRONG as error:
+        sentence = " ".join(str(error).split())
+        raise ToolError(
+            f"{name} has a config that cannot be used: {sentence}"
+        ) from None
+    if not model.layers:
+        raise ToolError(f"{name} has no attention layer that stores keys and values")
+    for layer in model.layers:
+        for value in (
+            layer.kv_heads,
+            layer.elements,
+            1 if layer.window is None else layer.window,
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ToolError(f"{name} has a config that cannot be used: {layer}")
+    return model
+
+
+def _read(name: str, config: Any) -> ModelKV:
     text = config.get_text_config(decoder=True)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     layer_map = getattr(text, "layer_map", None)
     kinds = _kinds(name, text)
-    every = [_layer(name, text, index, kind) for index, kind in enumerate(kinds)]
+    every = [_layer(text, index, kind) for index, kind in enumerate(kinds)]
     layers = _stored(text, kinds, every, layer_map)
-    if not layers:
-        raise ToolError(f"{name} has no attention layer that stores keys and values")
     return ModelKV(
         name=name,
         architecture=architecture,
         num_layers=len(kinds),
         layers=layers,
-        max_len=getattr(text, "max_position_embeddings", None)
-        or getattr(text, "max_seq_len", None),
+        max_len=_max_len(text),
         mla=_mla(text),
         refusal="multimodal prefixes that look ahead cannot be compressed"
         if config.model_type in PREFIX_LM
@@ -150,24 +177,30 @@ def _kinds(name: str, text: Any) -> list[str]:
     return list(kinds)
 
 
-def _layer(name: str, text: Any, index: int, kind: str) -> KVLayer | None:
+def _layer(text: Any, index: int, kind: str) -> KVLayer | None:
     """One layer, None if it has no attention."""
     if kind in (*STATES, *NO_MIXER):
         return None
     own = text.per_layer_config[index] if _varies(text) else text
     kv_heads, elements = _heads(own)
+    if isinstance(kv_heads, list):
+        kv_heads = kv_heads[index]
     if text.model_type == "yoco":
         head_size = text.dim // (
             text.n_self_heads if kind in SLIDING else text.n_attn_heads
         )
         kv_heads = text.n_self_heads if kind in SLIDING else text.n_attn_kv_heads
         elements = 2 * head_size
-    if not kv_heads or not elements:
-        raise ToolError(f"{name} does not say how many KV heads it has, of what size")
     window = getattr(own, "sliding_window", None) if kind in SLIDING else None
     if kind == CHUNKED:
         window = own.attention_chunk_size
     return KVLayer(index, kv_heads, elements, window, kind == CHUNKED)
+
+
+def _max_len(text: Any) -> int | None:
+    names = ("max_position_embeddings", "max_seq_len")
+    found = [getattr(text, name, None) for name in names]
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
 
 
 def _varies(text: Any) -> bool:
@@ -178,8 +211,8 @@ def _mla(text: Any) -> bool:
     return getattr(text, "kv_lora_rank", None) is not None
 
 
-def _heads(text: Any) -> tuple[int, int]:
-    """KV heads of a layer, and elements of a token's key and value in each."""
+def _heads(text: Any) -> tuple[Any, int]:
+    """KV heads (of each layer, if a list), and elements of a token's key and value."""
     if _mla(text):
         return 1, text.kv_lora_rank + text.qk_rope_head_dim
     heads = text.num_attention_heads
@@ -187,7 +220,7 @@ def _heads(text: Any) -> tuple[int, int]:
     return _kv_heads(text) or heads, 2 * head_size
 
 
-def _kv_heads(text: Any) -> int | None:
+def _kv_heads(text: Any) -> Any:
     if text.model_type == "falcon" and not text.new_decoder_architecture:
         return 1 if text.multi_query else None
     nested = getattr(text, "attn_config", None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from .convert import INDEX
 from .errors import ToolError
+from .plan_model import WRONG
 
 
 def weight_bytes(source: str, config: Any) -> tuple[int, str]:
@@ -49,7 +50,7 @@ def _parameters(source: str, config: Any) -> int:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ImportError, RuntimeError, *WRONG) as error:
         sentence = " ".join(str(error).split()).partition(". ")[0]
         raise ToolError(
             f"the weights of {source} cannot be estimated ({sentence}); give --weights "
