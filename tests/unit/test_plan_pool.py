@@ -10,7 +10,8 @@ from tests.matrix import METHODS
 from vllm_kvcompress.budget import fit, paired_tiers
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.footprint import Footprint
-from vllm_kvcompress.tools.plan_model import KVLayer, ModelKV
+from vllm_kvcompress.tools.plan_layers import KVLayer
+from vllm_kvcompress.tools.plan_model import ModelKV
 from vllm_kvcompress.tools.plan_pool import (
     FORMATS,
     STEPS_AHEAD,

@@ -1,19 +1,14 @@
-"""Which layers of a model store keys and values, read from its configuration."""
+"""What a model stores of each token, read from its configuration."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..models.layer_map import LayerMap
 from .errors import ToolError
+from .plan_layers import BOTH, STATES, KVLayer, is_latent, layer_kinds, stored_layers
 
-FULL = ("full_attention", "attention", "global_attention")
-SLIDING = ("sliding_attention", "local_attention")
-CHUNKED = "chunked_attention"
-BOTH = "hybrid"  # attention and a state
-STATES = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
-NO_MIXER = ("mlp", "moe")
 ALIBI = ("bloom", "mpt", "jais", "baichuan")
 SINKS = ("gpt_oss",)
 PREFIX_LM = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
@@ -27,27 +22,6 @@ WRONG = (
     ValueError,
 )
 """What code that reads a config raises where the config makes no sense."""
-
-
-@dataclass(frozen=True)
-class KVLayer:
-    """A layer that stores keys and values.
-
-    Attributes:
-        index: Among all layers, from 0 at the bottom.
-        kv_heads: Its KV heads; 1 of a latent that all heads share (MLA).
-        elements: Of a token's key and value of one KV head.
-        window: Tokens that the layer looks back on, itself included; None = all.
-        chunked: Whether windows do not slide, but begin anew (Llama 4).
-        shared: Whether other layers read what it stores.
-    """
-
-    index: int
-    kv_heads: int
-    elements: int
-    window: int | None = None
-    chunked: bool = False
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,58 +117,20 @@ def _read(name: str, config: Any) -> ModelKV:
     text = config.get_text_config(decoder=True)
     architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     layer_map = getattr(text, "layer_map", None)
-    kinds = _kinds(name, text)
-    every = [_layer(text, index, kind) for index, kind in enumerate(kinds)]
-    layers = _stored(text, kinds, every, layer_map)
+    kinds = layer_kinds(name, text)
+    layers = stored_layers(text, kinds)
     return ModelKV(
         name=name,
         architecture=architecture,
         num_layers=len(kinds),
         layers=layers,
         max_len=_max_len(text),
-        mla=_mla(text),
+        mla=is_latent(text),
         refusal="multimodal prefixes that look ahead cannot be compressed"
         if config.model_type in PREFIX_LM
         else _refusal(text, layers, layer_map),
         notes=tuple(_notes(text, kinds)),
     )
-
-
-def _kinds(name: str, text: Any) -> list[str]:
-    """The type of each layer, as transformers calls it."""
-    count = getattr(text, "num_hidden_layers", None) or 0
-    kinds = getattr(text, "layer_types", None)
-    if getattr(text, "layer_map", None) is not None or not kinds:
-        slides = getattr(text, "sliding_window", None) is not None
-        slides = slides and getattr(text, "use_sliding_window", True)
-        kinds = [SLIDING[0] if slides else FULL[0]] * count
-        if not getattr(text, "num_attention_heads", None):
-            kinds = [STATES[0]] * count
-    known = (*FULL, *SLIDING, CHUNKED, BOTH, *STATES, *NO_MIXER)
-    for kind in kinds:
-        if kind not in known:
-            raise ToolError(f"{name} has layers of type {kind!r}, which are not known")
-    return list(kinds)
-
-
-def _layer(text: Any, index: int, kind: str) -> KVLayer | None:
-    """One layer, None if it has no attention."""
-    if kind in (*STATES, *NO_MIXER):
-        return None
-    own = text.per_layer_config[index] if _varies(text) else text
-    kv_heads, elements = _heads(own)
-    if isinstance(kv_heads, list):
-        kv_heads = kv_heads[index]
-    if text.model_type == "yoco":
-        head_size = text.dim // (
-            text.n_self_heads if kind in SLIDING else text.n_attn_heads
-        )
-        kv_heads = text.n_self_heads if kind in SLIDING else text.n_attn_kv_heads
-        elements = 2 * head_size
-    window = getattr(own, "sliding_window", None) if kind in SLIDING else None
-    if kind == CHUNKED:
-        window = own.attention_chunk_size
-    return KVLayer(index, kv_heads, elements, window, kind == CHUNKED)
 
 
 def _max_len(text: Any) -> int | None:
@@ -203,69 +139,12 @@ def _max_len(text: Any) -> int | None:
     return next((n for n in found if isinstance(n, int) and n > 0), None)
 
 
-def _varies(text: Any) -> bool:
-    return bool(getattr(text, "is_heterogeneous", False))
-
-
-def _mla(text: Any) -> bool:
-    return getattr(text, "kv_lora_rank", None) is not None
-
-
-def _heads(text: Any) -> tuple[Any, int]:
-    """KV heads (of each layer, if a list), and elements of a token's key and value."""
-    if _mla(text):
-        return 1, text.kv_lora_rank + text.qk_rope_head_dim
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return _kv_heads(text) or heads, 2 * head_size
-
-
-def _kv_heads(text: Any) -> Any:
-    if text.model_type == "falcon" and not text.new_decoder_architecture:
-        return 1 if text.multi_query else None
-    nested = getattr(text, "attn_config", None)
-    names = ("num_kv_heads", "num_key_value_heads", "multi_query_group_num")
-    found = (getattr(text, name, None) for name in names)
-    return next(filter(None, found), getattr(nested, "kv_n_heads", None))
-
-
-def _stored(
-    text: Any,
-    kinds: Sequence[str],
-    layers: Sequence[KVLayer | None],
-    layer_map: LayerMap | None,
-) -> tuple[KVLayer, ...]:
-    """The layers with KV of their own; others read one of these, or have none."""
-    count = len(layers)
-    owners = list(range(count))
-    if layer_map is not None:
-        owners = list(layer_map.owners)
-    elif text.model_type == "yoco":
-        half = count // 2
-        owners[half:] = [half] * (count - half)
-    elif readers := getattr(text, "num_kv_shared_layers", None):
-        first = count - readers
-        last = {kind: layer for layer, kind in enumerate(kinds[:first])}
-        owners[first:] = [last[kind] for kind in kinds[first:]]
-    found: list[KVLayer] = []
-    for index, layer in enumerate(layers):
-        if layer is None or owners[index] != index:
-            continue
-        layer = replace(layer, shared=owners.count(index) > 1)
-        if layer_map is not None:
-            keeps = layer_map.keeps_window(index)
-            window = getattr(text, "sliding_window", None) if keeps else None
-            layer = replace(layer, window=window)
-        found.append(layer)
-    return tuple(found)
-
-
 def _refusal(
     text: Any, layers: Sequence[KVLayer], layer_map: LayerMap | None
 ) -> str | None:
     """Why `engine.enable` or `engine.layers` refuses the model."""
     nested = getattr(text, "attn_config", None)
-    if _mla(text):
+    if is_latent(text):
         return "MLA attention cannot be compressed"
     if text.model_type in SINKS:
         return "attention sinks cannot be compressed yet"

@@ -11,7 +11,8 @@ from functools import cached_property
 
 from ..budget import Fit, Tier
 from ..config import KVCompressionConfig
-from .plan_model import KVLayer, ModelKV
+from .plan_layers import KVLayer
+from .plan_model import ModelKV
 
 SCALE_BYTES = 4
 STEPS_AHEAD = 2  # with asynchronous scheduling, vLLM's default
