@@ -12,8 +12,17 @@ ARCHITECTURES = frozenset(name for names in METHODS.values() for name in names)
 
 def register() -> None:
     """Make them known to vLLM and to transformers by name."""
-    from transformers import AutoConfig
     from vllm import ModelRegistry
+
+    register_configs()
+    for name in ARCHITECTURES:
+        module = "yoco" if name in METHODS["yoco"] else "shared_llama"
+        ModelRegistry.register_model(name, f"{__name__}.{module}:{name}")
+
+
+def register_configs() -> None:
+    """Make their configurations known to transformers alone."""
+    from transformers import AutoConfig
 
     from . import configs
 
@@ -24,6 +33,3 @@ def register() -> None:
         configs.YocoConfig,
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name in ARCHITECTURES:
-        module = "yoco" if name in METHODS["yoco"] else "shared_llama"
-        ModelRegistry.register_model(name, f"{__name__}.{module}:{name}")

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "Needle questions on the bundled model: stock vLLM beside compressed.",
     "bench": "Speed and memory of a method against stock vLLM, shape by shape.",
     "sweep": "Accuracy over budget of all methods on the bundled model.",
+    "plan": "What a model's KV cache takes, and what each method makes of it.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
 

@@ -71,7 +71,7 @@ def method_list(text: str | None) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> None:
     """Find out now, not in a quarter of an hour, what cannot be written."""
     from .sweep_report import PLOT_TYPES
 
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         layers=task.model.about["layers"],
         common=args.config,
     )
-    _check_files(args)
+    check_files(args)
     console, notes = Console(), Console(stderr=True, highlight=False, soft_wrap=True)
     for sentence in planned.skipped:
         notes.print(f"note: {sentence}")
