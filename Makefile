@@ -22,7 +22,7 @@ test: lint ## lint, types and the quick tests: what CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup ## the tests that take longer
-	$(BIN)/pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 test-kvpress: setup $(KVPRESS)/ready ## compare with kvpress, in an environment of its own
 	KVCOMPRESS_KVPRESS_PYTHON=$(KVPRESS)/bin/python $(BIN)/pytest tests/kvpress $(ARGS)
