@@ -26,6 +26,7 @@ from vllm_kvcompress.engine.kernels import warm_up
 from vllm_kvcompress.methods.base import Scorer
 from vllm_kvcompress.methods.streamingllm import StreamingLLM
 from vllm_kvcompress.methods.tova import TOVA
+from vllm_kvcompress.ops.providers import operations
 
 LENGTHS = [1000, 37, 512, 335]
 
@@ -37,6 +38,15 @@ APART = [e for e in METHODS if not KVCompressionConfig.from_dict(e).scorer.merge
 @pytest.mark.parametrize("settings", APART, ids=str)
 def test_method(llama: Path, settings: dict[str, Any], recording: Recording) -> None:
     with engine(llama, additional_config={"kv_compression": settings}) as llm:
+        _check(llm, DenseLlama(llama), settings, recording, 5e-4)
+
+
+def test_method_runs_on_tritons_kernels(llama: Path, recording: Recording) -> None:
+    """By name they run in Triton's interpreter, and keep what torch would keep."""
+    settings = {"method": "snapkv", "budget": 256, "kernels": "triton"}
+    with engine(llama, additional_config={"kv_compression": settings}) as llm:
+        used = {own.name for own in operations().values() if own.provider == "triton"}
+        assert used == set(operations())
         _check(llm, DenseLlama(llama), settings, recording, 5e-4)
 
 
