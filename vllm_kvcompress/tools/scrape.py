@@ -16,7 +16,6 @@ from .errors import ToolError
 
 PORT = 8000  # vLLM's own, where neither scheme nor port is given
 PATIENCE_S = 5
-LONGEST = 2**26  # bytes of a page
 OURS = "vllm:kv_compression_"
 SKIPPED = "skipped_"
 
@@ -80,7 +79,7 @@ def scrape(url: str) -> Read:
     """
     try:
         with urlopen(url, timeout=PATIENCE_S) as answer:
-            text = answer.read(LONGEST).decode()
+            text = answer.read().decode()
         read = Read(time.monotonic())
         for family in text_string_to_metric_families(text):
             _collect(family, read)

@@ -68,15 +68,15 @@ def record(before: Read | None, now: Read) -> dict[str, Any]:
     def both(figures: Figures, speed: Figures | None) -> dict[str, Any]:
         return {
             "total": {**figures, **shares(figures)},
-            "per_second": speed and {**speed, **shares(speed)},
+            "per_second": {**speed, **shares(speed)} if speed else None,
         }
 
     return {
         "models": sorted(now.models),
         "settings": now.settings,
-        **both(total(now.engines), speeds and total(speeds)),
+        **both(total(now.engines), total(speeds) if speeds else None),
         "engines": {
-            engine: both(figures, speeds and speeds[engine])
+            engine: both(figures, speeds[engine] if speeds else None)
             for engine, figures in now.engines.items()
         },
     }

@@ -16,7 +16,7 @@ _COMPRESSED = ("compressions", "tokens_evicted", "tokens_merged", "blocks_freed"
 def view(url: str, before: Read | None, now: Read, notice: str = "") -> Group:
     """Everything about one read, and what changed since the one before."""
     figures, by_engine = total(now.engines), rates(before, now)
-    speeds = by_engine and total(by_engine)
+    speeds = total(by_engine) if by_engine else None
     parts: list[Text | Table] = [
         Text(f"{', '.join(sorted(now.models))} at {url}", style="bold"),
         Text(
@@ -87,7 +87,7 @@ def engine_table(
         table.add_column(head, justify="right", no_wrap=True)
     for engine in sorted(engines, key=lambda name: (len(name), name)):
         figures = engines[engine]
-        speed = speeds and speeds[engine].get("generation_tokens", 0)
+        speed = speeds[engine].get("generation_tokens", 0) if speeds else None
         table.add_row(
             engine,
             f"{figures.get('running', 0):,.0f}",
