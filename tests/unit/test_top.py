@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -290,7 +291,7 @@ class Terminal:
             self.shown += os.read(self.ours, 4096).decode(errors="replace")
 
     def interrupt(self) -> str:
-        """Press Ctrl-C; gives what is shown from then on."""
+        """Send what Ctrl-C sends; gives what is shown from then on."""
         self.process.send_signal(signal.SIGINT)
         rest = b""
         try:
@@ -313,14 +314,15 @@ def test_live_view() -> None:
         terminal.wait_for("5,820")
         server.pages = [503]
         terminal.wait_for("answered 503")
+        assert re.search(r"since \d\d:\d\d:\d\d: http", terminal.shown)
         terminal.wait_for("5,820")  # the screen is kept
-        terminal.wait_for("since ")
         server.pages = [FIRST]
         terminal.wait_for("began anew")
         terminal.wait_for("0.0/s")
         rest = terminal.interrupt()
     assert "Traceback" not in rest
     assert "Interrupt" not in rest
+    assert "\x1b[?25h" in rest  # the cursor is back
 
 
 @pytest.mark.vllm

@@ -30,9 +30,10 @@ def view(url: str, before: Read | None, now: Read, notice: str = "") -> Group:
     if len(now.engines) > 1:
         parts.append(engine_table(now.engines, by_engine))
     if before and restarted(before, now):
-        parts.append(Text("Counters began anew: the server has started again."))
+        notice = notice or "Counters began anew: the server has started again."
     if notice:
-        parts.append(Text(notice, style="red"))
+        # Near the top, since a low terminal cuts off what is below.
+        parts.insert(1, Text(notice, style="red"))
     return Group(*parts)
 
 
