@@ -8,6 +8,7 @@ import pytest
 
 import vllm_kvcompress
 from tests.engine.served import serving, vllm
+from vllm_kvcompress.tools.main import main
 
 pytest.importorskip("vllm")
 
@@ -107,6 +108,19 @@ def test_long_prompt_is_compressed(server, ask):
     assert logical == answer.json()["usage"]["prompt_tokens"]
     assert counted(server, "retained_tokens_total", before) <= BUDGET
     assert counted(server, "seconds_total", before) > 0
+
+
+def test_top_shows_what_metrics_say(server, capsys):
+    before = metrics(server)
+    complete(server)
+    wait_for(server, "compressions_total", before, 1)
+    assert main(["top", str(server.base_url), "--once", "--json"]) == 0
+    shown, now = json.loads(capsys.readouterr().out), metrics(server)
+    assert shown["models"] == ["needle"]
+    assert shown["settings"]["budget"] == str(BUDGET)
+    assert shown["total"]["compressions"] == now["compressions_total"][0]
+    assert shown["total"]["tokens_evicted"] == now["tokens_evicted_total"][0]
+    assert 0 < shown["total"]["retained_share"] < 1
 
 
 def test_parallel_samples(server):

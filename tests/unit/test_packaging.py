@@ -117,7 +117,7 @@ def test_wheel_holds_everything(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     expected |= {f"vllm_kvcompress/configs/{path.name}" for path in PRESETS}
-    for pattern in ("configs/kernels/*.json", "triton_kernels/*.py"):
+    for pattern in ("configs/*/*.json", "triton_kernels/*.py"):
         found = {path.relative_to(ROOT) for path in ROOT.glob(pattern)}
         assert found, pattern
         expected |= {f"vllm_kvcompress/{path}" for path in found}

@@ -13,6 +13,7 @@ COMMANDS = {
     "bench": "Speed and memory of a method against stock vLLM, shape by shape.",
     "sweep": "Accuracy over budget of all methods on the bundled model.",
     "plan": "What a model's KV cache takes, and what each method makes of it.",
+    "top": "What a running server does: requests, KV cache, compression, live.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
 
