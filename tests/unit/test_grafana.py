@@ -2,15 +2,14 @@
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import vllm_kvcompress
-
-ROOT = Path(vllm_kvcompress.__file__).parent
-DASHBOARD = json.loads((ROOT / "configs/grafana/vllm-kvcompress.json").read_text())
+SHIPPED = files("vllm_kvcompress.configs") / "grafana" / "vllm-kvcompress.json"
+DASHBOARD = json.loads(SHIPPED.read_text())
 RECORD = Path(__file__).parent / "data" / "metrics-first.txt"
 TARGETS = [target for panel in DASHBOARD["panels"] for target in panel["targets"]]
 EXPRESSIONS = [target["expr"] for target in TARGETS]
