@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 
 from tests.shadow import BLOCK, require
-from vllm_kvcompress.engine import executor
+from vllm_kvcompress.engine import merging
 from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.plan import Compress
 
@@ -48,7 +48,7 @@ class Executor(CompressionExecutor):
         def merge_layers(scorer: Any, *parts: Any, **sizes: int) -> None:
             self.worker.merge(scorer, life, directives, parts, sizes)
 
-        with patch.object(executor, "merge_layers", merge_layers):
+        with patch.object(merging, "merge_layers", merge_layers):
             super()._merge(request_id, pair, directives, rows)
         if life.kept.get(pair[1]) != directives[pair[1]]:
             life.merge(pair, directives)  # no token is left
