@@ -219,9 +219,15 @@ class KVCompressionConfig(BaseModel):
         """
         pairs = self.scorer.layer_pairs(num_layers)
         if not pairs and self.scorer.merges:
+            most = num_layers - 2
+            way_out = (
+                f"give start_layer={most} or less"
+                if most >= 0
+                else "choose another method"
+            )
             raise ConfigError(
                 f"{KEY}: {self.method} finds no two layers to merge among "
-                f"{num_layers} of this model; give start_layer={num_layers - 2} or less"
+                f"{num_layers} of this model; {way_out}"
             )
         return pairs
 

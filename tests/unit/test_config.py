@@ -138,12 +138,21 @@ def test_merging_is_refused_in_one_sentence(settings, told):
         assert part in message
 
 
-@pytest.mark.parametrize(("start", "layers"), [(None, 1), (1, 2), (31, 32), (40, 32)])
-def test_a_model_without_a_pair(start, layers):
+@pytest.mark.parametrize(
+    ("start", "layers", "way_out"),
+    [
+        (None, 1, "choose another"),
+        (1, 2, "start_layer=0 or"),
+        (31, 32, "=30 or"),
+        (40, 32, "=30 or"),
+    ],
+)
+def test_a_model_without_a_pair(start, layers, way_out):
     config = KVCompressionConfig.from_dict(
         {"method": "minicache", "start_layer": start}
     )
-    with pytest.raises(ConfigError, match=f"no two layers to merge among {layers}"):
+    told = f"no two layers to merge among {layers} .*{way_out}"
+    with pytest.raises(ConfigError, match=told):
         config.tiers(layers)
 
 
