@@ -8,10 +8,10 @@ import torch
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.base import Scorer
 from ..ops.merge import merge
-from ..ops.providers import ProviderError, Setting, choose
+from ..ops.providers import Pages, ProviderError, Setting, choose
 from ..ops.select import select
 from .layers import rate
-from .page_formats import KEYS, VALUES, pages_met, pages_of
+from .page_formats import KEYS, VALUES, pages_of
 
 
 def choose_kernels(
@@ -23,13 +23,20 @@ def choose_kernels(
         ConfigError: ``kernels`` asks for what cannot be had.
     """
     try:
-        choose(Setting(device, frozenset(map(pages_met, layers))), config.kernels)
+        choose(Setting(device, frozenset(map(_met, layers))), config.kernels)
     except ProviderError as error:
         raise ConfigError(
             f"{KEY}: kernels: {error}; leave it out to have the fastest that works here"
         ) from None
     if device.type == "cuda":  # there kernels are compiled when they are first run
         warm_up(config.scorers.values(), layers)
+
+
+def _met(layer: Any) -> Pages:
+    """What kernels are told of the pages of a layer."""
+    pages, cache = pages_of(layer), layer.kv_cache
+    strides = [half.strides(cache) for half in pages.halves]
+    return Pages(pages.code_type, cache.shape[2], cache.shape[3] // 2, *strides)
 
 
 @torch.inference_mode()

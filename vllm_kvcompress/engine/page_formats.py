@@ -13,7 +13,6 @@ from vllm.platforms import current_platform
 
 from ..ops.compact import compact
 from ..ops.pages import PagedKeys
-from ..ops.providers import Pages as Met
 from .layout import page_layout
 from .one_head import one_head
 
@@ -291,13 +290,6 @@ QUANTISED = tuple(name for name in _FORMATS if name not in UNQUANTISED)
 def pages_of(layer: Any, by_head: bool = False) -> Pages:
     """The pages of an attention layer whose KV cache is bound, see `Pages`."""
     return _FORMATS[layer.kv_cache_dtype](layer, by_head)
-
-
-def pages_met(layer: Any) -> Met:
-    """What kernels are told of the pages of a layer."""
-    pages, cache = pages_of(layer), layer.kv_cache
-    strides = [half.strides(cache) for half in pages.halves]
-    return Met(pages.code_type, cache.shape[2], cache.shape[3] // 2, *strides)
 
 
 def has_scales(kv_cache_dtype: str) -> bool:
