@@ -10,6 +10,10 @@ enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT8 = 2, FLOAT16 = 3 };
 struct Order {  // of a page's elements
   int64_t first, slot, element;  // address of the first; to the next token, element
   const int32_t* offsets;        // [block_size, head_size] if tiled, else null
+
+  int64_t offset(int64_t token, int64_t d, int64_t head_size) const {
+    return offsets ? offsets[token * head_size + d] : first + token * slot + d * element;
+  }
 };
 
 struct WindowScores {

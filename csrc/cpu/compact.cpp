@@ -22,8 +22,7 @@ struct Half {
         held(call.tokens * call.head_size) {}
 
   int64_t offset(int64_t slot, int64_t d) const {
-    return order.offsets ? order.offsets[slot * call.head_size + d]
-                         : order.first + slot * order.slot + d * order.element;
+    return order.offset(slot, d, call.head_size);
   }
 
   // A token's elements are side by side.

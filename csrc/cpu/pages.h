@@ -21,8 +21,7 @@ struct HeadPages {
   }
 
   int64_t offset(int64_t slot, int64_t element) const {
-    return order.offsets ? order.offsets[slot * head_size + element]
-                         : order.first + slot * order.slot + element * order.element;
+    return order.offset(slot, element, head_size);
   }
 
   // One token as floats, `step` apart.
