@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_kvcompress.tools import arms, bench, bench_model, engine_run
-from vllm_kvcompress.tools.comparison import HIGHER_IS_BETTER, comparison, lost
+from vllm_kvcompress.tools import arms, bench_model, engine_run
+from vllm_kvcompress.tools.bench import command as bench
+from vllm_kvcompress.tools.bench.comparison import HIGHER_IS_BETTER, comparison, lost
+from vllm_kvcompress.tools.bench.report import shape_table, verdict
+from vllm_kvcompress.tools.bench.shapes import SHAPES, limit
 from vllm_kvcompress.tools.main import main
-from vllm_kvcompress.tools.report import shape_table, verdict
-from vllm_kvcompress.tools.shapes import SHAPES, limit
 from vllm_kvcompress.tools.trace import Step, measure, medians, ratio, widest_decode
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.tools.main import main
-from vllm_kvcompress.tools.plan import default_lengths
-from vllm_kvcompress.tools.plan_report import size
+from vllm_kvcompress.tools.plan.command import default_lengths
+from vllm_kvcompress.tools.plan.report import size
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

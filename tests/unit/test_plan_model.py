@@ -26,8 +26,8 @@ from vllm_kvcompress.models.configs import (
     YocoConfig,
 )
 from vllm_kvcompress.tools.errors import ToolError
-from vllm_kvcompress.tools.plan_model import ModelKV, model_kv
-from vllm_kvcompress.tools.plan_pool import Pool
+from vllm_kvcompress.tools.plan.model import ModelKV, model_kv
+from vllm_kvcompress.tools.plan.pool import Pool
 
 LLAMA2 = LlamaConfig()  # 7B, as transformers has it
 LLAMA3 = LlamaConfig(num_key_value_heads=8, max_position_embeddings=131072)

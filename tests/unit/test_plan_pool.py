@@ -10,9 +10,9 @@ from tests.matrix import METHODS
 from vllm_kvcompress.budget import fit, paired_tiers
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.footprint import Footprint
-from vllm_kvcompress.tools.plan_layers import KVLayer
-from vllm_kvcompress.tools.plan_model import ModelKV
-from vllm_kvcompress.tools.plan_pool import (
+from vllm_kvcompress.tools.plan.layers import KVLayer
+from vllm_kvcompress.tools.plan.model import ModelKV
+from vllm_kvcompress.tools.plan.pool import (
     FORMATS,
     STEPS_AHEAD,
     Pool,
@@ -224,7 +224,7 @@ def test_vllm_admits_windows_so(tokens, batched, window, chunked) -> None:
 def test_names_are_the_engines() -> None:
     from vllm_kvcompress.engine.page_formats import QUANTISED, UNQUANTISED
     from vllm_kvcompress.engine.pruner import PRUNABLE
-    from vllm_kvcompress.tools import plan_methods
+    from vllm_kvcompress.tools.plan import methods
 
-    assert plan_methods.PRUNABLE == PRUNABLE
+    assert methods.PRUNABLE == PRUNABLE
     assert {*UNQUANTISED, *QUANTISED} <= set(FORMATS)

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.tools import needle_run
+from vllm_kvcompress.tools.arguments import budget_list
 from vllm_kvcompress.tools.arms import ArmResult
 from vllm_kvcompress.tools.errors import ToolError
 from vllm_kvcompress.tools.main import main
 from vllm_kvcompress.tools.needle_run import NeedleRun
-from vllm_kvcompress.tools.sweep import budget_list
-from vllm_kvcompress.tools.sweep_plan import OWN_SETTINGS, kept_tokens, plan
-from vllm_kvcompress.tools.sweep_report import curves, draw, sweep_table, table_rows
+from vllm_kvcompress.tools.sweep.plan import OWN_SETTINGS, kept_tokens, plan
+from vllm_kvcompress.tools.sweep.report import curves, draw, sweep_table, table_rows
 
 SIZES = {"prompt_len": 1024, "block_size": 32, "layers": 2}
 

@@ -20,7 +20,7 @@ import pytest
 from vllm_kvcompress.tools.errors import ToolError
 from vllm_kvcompress.tools.main import main
 from vllm_kvcompress.tools.scrape import NAMES, OURS, metrics_url, scrape
-from vllm_kvcompress.tools.top_figures import rates, restarted
+from vllm_kvcompress.tools.top.figures import rates, restarted
 
 # `vllm serve` with the bundled model, SnapKV and compression of answers, at two times
 # two seconds apart; metrics that nothing here reads are left out.

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import KEY
+from .bench.shapes import Prompts
 from .engine_run import PROGRESS
 from .errors import ToolError
-from .shapes import Prompts
 from .trace import Measures, medians
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import positive
+from .arguments import positive
 from .errors import ToolError
 
 if TYPE_CHECKING:

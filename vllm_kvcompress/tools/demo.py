@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .bench import positive
+from .arguments import positive
 from .errors import ToolError
 from .trace import ratio
 
@@ -58,7 +58,7 @@ def _arms(budget: int) -> dict[str, dict[str, Any]]:
 def _measure(args: argparse.Namespace) -> Results:
     """Run every arm and grade its answers."""
     from .needle_run import NeedleRun
-    from .report import progress_bars, task_adder
+    from .progress import progress_bars, task_adder
 
     arms = _arms(args.budget)
     task = NeedleRun.prepare(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import vllm_kvcompress
 
 from ..config import KEY, KVCompressionConfig
-from .shapes import Prompts
+from .bench.shapes import Prompts
 from .trace import Step, measure
 
 if TYPE_CHECKING:

@@ -16,6 +16,8 @@ COMMANDS = {
     "top": "What a running server does: requests, KV cache, compression, live.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
+PACKAGES = ("bench", "plan", "sweep", "top")
+"""Commands of several modules, of which `command` is the first."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +34,8 @@ def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in chosen:
-            module = importlib.import_module(f".{name}", __package__)
+            own = f".{name}.command" if name in PACKAGES else f".{name}"
+            module = importlib.import_module(own, __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .scrape import GAUGES, Figures, Read
+from ..scrape import GAUGES, Figures, Read
 
 SHARES = {
     "prefix_cache_hit_share": ("prefix_cache_hits", "prefix_cache_queries"),

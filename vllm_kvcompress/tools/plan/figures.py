@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .plan_methods import Option
-from .plan_pool import Pool
+from .methods import Option
+from .pool import Pool
 
 STOCK = "full cache"
 

@@ -6,8 +6,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .scrape import SKIPPED, Figures, Read
-from .top_figures import rates, restarted, shares, total
+from ..scrape import SKIPPED, Figures, Read
+from .figures import rates, restarted, shares, total
 
 _SERVED = ("prompt_tokens", "generation_tokens", "preemptions")
 _COMPRESSED = ("compressions", "tokens_evicted", "tokens_merged", "blocks_freed")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.layer_map import LayerMap
-from .errors import ToolError
-from .plan_layers import BOTH, STATES, KVLayer, is_latent, layer_kinds, stored_layers
+from ...models.layer_map import LayerMap
+from ..errors import ToolError
+from .layers import BOTH, STATES, KVLayer, is_latent, layer_kinds, stored_layers
 
 ALIBI = ("bloom", "mpt", "jais", "baichuan")
 SINKS = ("gpt_oss",)
@@ -66,7 +66,7 @@ def load(source: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    from ..models import register_configs
+    from ...models import register_configs
 
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():

@@ -9,10 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .bench import json_object, positive
-from .errors import ToolError
-from .plan_pool import FORMATS
-from .sweep import budget_list, check_files, method_list
+from ..arguments import (
+    budget_list,
+    check_files,
+    gibibytes,
+    json_object,
+    method_list,
+    positive,
+    share,
+)
+from ..errors import ToolError
+from .pool import FORMATS
 
 LENGTHS = (1024, 4096, 32768, 131072)
 POINTS = 40
@@ -77,32 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, help="file to draw them into: .png, .svg or .pdf")
 
 
-def gibibytes(text: str) -> int:
-    """Parse gibibytes, as bytes."""
-    if not 0 < (value := float(text)) < 2**40:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return int(value * 2**30)
-
-
-def share(text: str) -> float:
-    """Parse a share of a whole."""
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Plan, and show it.
 
     Raises:
         ToolError: There is no such model or method, or no room for KV.
     """
-    from ..methods import method_names
-    from .plan_figures import records
-    from .plan_methods import options
-    from .plan_model import load, model_kv
-    from .plan_pool import Pool
-    from .plan_report import draw, show
+    from ...methods import method_names
+    from .figures import records
+    from .methods import options
+    from .model import load, model_kv
+    from .pool import Pool
+    from .report import draw, show
 
     check_files(args)
     methods = method_list(args.methods)
@@ -157,8 +150,8 @@ def kv_space(args: argparse.Namespace, config: Any) -> tuple[int | None, list[st
     Raises:
         ToolError: The weights leave no room.
     """
-    from .plan_report import size
-    from .plan_weights import weight_bytes
+    from .report import size
+    from .weights import weight_bytes
 
     if args.kv_space or not args.gpu_memory:
         return args.kv_space, []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .trace import Measures, ratio
+from ..trace import Measures, ratio
 
 DECODE = "decode_tokens_per_s"
 HIGHER_IS_BETTER = {

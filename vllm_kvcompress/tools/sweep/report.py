@@ -9,10 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .sweep_plan import STOCK
+from .plan import STOCK
 
 FLOOR = "random"
-PLOT_TYPES = (".pdf", ".png", ".svg")
 _MARKERS = "os^vDPX*<>"
 _COLORS = [f"C{number}" for number in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is grey
 _GREY = "#8a8f98"

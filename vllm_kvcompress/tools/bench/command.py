@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models import METHODS as SHARING
-from .bench_model import BenchModel, bench_model, sharing_model
+from ...models import METHODS as SHARING
+from ..arguments import gibibytes, json_object, positive
+from ..bench_model import BenchModel, bench_model, sharing_model
+from ..errors import ToolError
+from ..trace import Measures, medians
 from .comparison import Comparison, comparison
-from .errors import ToolError
 from .shapes import (
     EVICTION_SHAPES,
     SHAPES,
@@ -20,7 +22,6 @@ from .shapes import (
     kv_space_bytes,
     limit,
 )
-from .trace import Measures, medians
 
 DEFAULT_BUDGET = 1024
 SHORT = 256  # prompts that all methods leave alone
@@ -71,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure stock vLLM with an fp8 KV cache beside them",
     )
-    add("--kv-space", type=_gib, help="GiB for the KV cache (default: the shape's)")
+    add(
+        "--kv-space", type=gibibytes, help="GiB for the KV cache (default: the shape's)"
+    )
     add(
         "--repeats",
         type=positive,
@@ -82,35 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verbose", action="store_true", help="show vLLM's own output")
 
 
-def positive(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    if not isinstance(value := json.loads(text), dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value
-
-
-def _gib(text: str) -> float:
-    """Parse an amount of memory."""
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def method_settings(method: str, budget: int | None, config: str) -> dict[str, Any]:
     """Fold the flags into the method's settings, checked, defaults filled in.
 
     Raises:
         ToolError: The plugin would refuse them.
     """
-    from ..config import ConfigError, KVCompressionConfig
-    from ..contradictions import SIZE_KEYS
+    from ...config import ConfigError, KVCompressionConfig
+    from ...contradictions import SIZE_KEYS
 
     try:
         settings = {"method": method, **json.loads(config)}
@@ -133,7 +115,7 @@ def kept_tokens(settings: Mapping[str, Any], prompt_len: int, layers: int) -> in
     Raises:
         ToolError: All of them; there would be nothing to measure.
     """
-    from ..config import ConfigError, KVCompressionConfig
+    from ...config import ConfigError, KVCompressionConfig
 
     config = KVCompressionConfig.from_dict(settings)
     try:
@@ -187,7 +169,7 @@ class _Bench:
             arms["limit"] = limit(*sizes)
         space = kv_space_bytes(traffic, self.model.token_bytes)
         if args.kv_space:
-            space = int(args.kv_space * 2**30)
+            space = args.kv_space
         self.parameters[name] = {**asdict(traffic), "kv_space_bytes": space}
         runs: dict[str, list[Measures]] = {arm: [] for arm in arms}
         for _ in range(args.repeats):
@@ -196,7 +178,7 @@ class _Bench:
         return comparison({arm: medians(each) for arm, each in runs.items()})
 
     def _run_arm(self, shape: str, arm: str, traffic: Traffic, space: int) -> Measures:
-        from .arms import Job, run_arm
+        from ..arms import Job, run_arm
 
         model = self.model
         job = Job(
@@ -248,9 +230,10 @@ def run(args: argparse.Namespace) -> int:
     shapes = SHARING_SHAPES if sharing else EVICTION_SHAPES
     names = shape_names(args.shapes or ",".join(shapes))
     method = _sharing_settings(args) if sharing else _eviction_settings(args)
-    from .arms import compressed_arm
-    from .environment import environment
-    from .report import progress_bars, show, task_adder
+    from ..arms import compressed_arm
+    from ..environment import environment
+    from ..progress import progress_bars, task_adder
+    from .report import show
 
     model = bench_model(args.model)
     compressed = compressed_arm(method)

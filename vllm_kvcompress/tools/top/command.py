@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import ToolError
-from .scrape import Read, metrics_url, scrape
+from ..errors import ToolError
+from ..scrape import Read, metrics_url, scrape
 
 HOUR = 3600
 
@@ -81,7 +81,7 @@ def _reads(
 
 
 def _write(args: argparse.Namespace, url: str) -> None:
-    from .top_figures import record
+    from .figures import record
 
     for before, now, notice in _reads(args, url):
         line: dict[str, Any] = {"time": time.time(), "url": url}
@@ -92,7 +92,7 @@ def _write(args: argparse.Namespace, url: str) -> None:
 def _show(url: str) -> None:
     from rich.console import Console
 
-    from .top_view import view
+    from .view import view
 
     Console().print(view(url, None, scrape(url)))
 
@@ -101,7 +101,7 @@ def _watch(args: argparse.Namespace, url: str) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from .top_view import view
+    from .view import view
 
     console = Console()
     if not console.is_terminal:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import ToolError
+from ..errors import ToolError
 
 FULL = ("full_attention", "attention", "global_attention")
 SLIDING = ("sliding_attention", "local_attention")

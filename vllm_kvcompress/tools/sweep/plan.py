@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..config import ConfigError, KVCompressionConfig
-from .errors import ToolError
+from ...config import ConfigError, KVCompressionConfig
+from ..errors import ToolError
 
 STOCK = "stock"
 OWN_SETTINGS: dict[str, list[dict[str, Any]]] = {

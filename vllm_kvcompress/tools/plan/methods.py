@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import ConfigError, KVCompressionConfig
-from ..contradictions import SIZE_KEYS
-from ..methods import load_method
-from ..parsing import KEY
-from .errors import ToolError
-from .plan_model import ModelKV
-from .plan_pool import FORMATS, Pool
+from ...config import ConfigError, KVCompressionConfig
+from ...contradictions import SIZE_KEYS
+from ...methods import load_method
+from ...parsing import KEY
+from ..errors import ToolError
+from .model import ModelKV
+from .pool import FORMATS, Pool
 
 PRUNABLE = (
     "LlamaForCausalLM",

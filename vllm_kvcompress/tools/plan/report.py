@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .plan_figures import Record
-from .plan_pool import FORMATS, Pool
+from .figures import Record
+from .pool import FORMATS, Pool
 
 GIB = 2**30
 _UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))

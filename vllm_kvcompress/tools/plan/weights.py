@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .convert import INDEX
-from .errors import ToolError
-from .plan_model import WRONG
+from ..convert import INDEX
+from ..errors import ToolError
+from .model import WRONG
 
 
 def weight_bytes(source: str, config: Any) -> tuple[int, str]:

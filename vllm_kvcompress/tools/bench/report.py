@@ -1,10 +1,8 @@
 """What the benchmark shows in the terminal."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 
 from .comparison import HIGHER_IS_BETTER, Comparison, lost
@@ -17,27 +15,6 @@ _LABELS = {
     "kv_bytes_held": "KV held in decode, MiB",
     "preemptions": "preemptions",
 }
-
-
-def progress_bars() -> Progress:
-    """One line per arm, on stderr."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        Elapsed(),
-        console=Console(stderr=True),
-    )
-
-
-def task_adder(bars: Progress) -> Callable[[str], Callable[[float], None]]:
-    """Return a function that adds a line and gives its updater, 0 to 1."""
-
-    def add(label: str) -> Callable[[float], None]:
-        task = bars.add_task(label, total=1.0)
-        return lambda share: bars.update(task, completed=share)
-
-    return add
 
 
 def figure(key: str, value: float) -> str:

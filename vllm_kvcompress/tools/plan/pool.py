@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..budget import Fit, Tier
-from ..config import KVCompressionConfig
-from .plan_layers import KVLayer
-from .plan_model import ModelKV
+from ...budget import Fit, Tier
+from ...config import KVCompressionConfig
+from .layers import KVLayer
+from .model import ModelKV
 
 SCALE_BYTES = 4
 STEPS_AHEAD = 2  # with asynchronous scheduling, vLLM's default

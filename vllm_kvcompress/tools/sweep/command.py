@@ -12,12 +12,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import json_object, positive
-from .errors import ToolError
+from ..arguments import (
+    budget_list,
+    check_files,
+    json_object,
+    method_list,
+    positive,
+)
+from ..errors import ToolError
 
 if TYPE_CHECKING:
-    from .needle_run import NeedleRun
-    from .sweep_plan import Arm
+    from ..needle_run import NeedleRun
+    from .plan import Arm
 
 BUDGETS = "64,256,512,1024"
 NEEDLES = 8
@@ -53,46 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verbose", action="store_true", help="show vLLM's own output")
 
 
-def budget_list(text: str) -> list[int]:
-    """Parse ``64,128``."""
-    try:
-        return sorted({positive(part) for part in text.split(",")})
-    except ValueError:
-        message = f"{text!r} is not a list of numbers such as {BUDGETS}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def method_list(text: str | None) -> list[str]:
-    """Split ``--methods``; `plan` checks the names."""
-    from ..methods import method_names
-
-    if text is None:
-        return method_names()
-    return list(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Find out now, not in a quarter of an hour, what cannot be written."""
-    from .sweep_report import PLOT_TYPES
-
-    if args.plot and args.plot.suffix not in PLOT_TYPES:
-        allowed = ", ".join(PLOT_TYPES)
-        raise ToolError(f"--plot {args.plot} must end in one of {allowed}")
-    for flag, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is None:
-            continue
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-        except OSError as error:
-            raise ToolError(
-                f"{flag} {file} cannot be written: {error.strerror}"
-            ) from None
-
-
 def _task(args: argparse.Namespace) -> "NeedleRun":
     """The questions, and an engine that all methods can work in."""
-    from .needle_run import NeedleRun
+    from ..needle_run import NeedleRun
 
     return NeedleRun.prepare(
         prompt_len=args.prompt_len,
@@ -112,8 +81,8 @@ def _run_arm(
     task: "NeedleRun", arm: "Arm", report: Callable[[float], None], verbose: bool
 ) -> dict[str, Any]:
     """One arm's record; a failed one says why."""
-    from .arms import compressed_arm
-    from .sweep_plan import STOCK
+    from ..arms import compressed_arm
+    from .plan import STOCK
 
     record = {**asdict(arm), "label": arm.label}
     extra = {} if arm.method == STOCK else compressed_arm(arm.settings)
@@ -128,7 +97,7 @@ def _run_all(
     task: "NeedleRun", arms: list["Arm"], verbose: bool
 ) -> Iterator[dict[str, Any]]:
     """Run arm by arm, with one progress bar per method."""
-    from .report import progress_bars, task_adder
+    from ..progress import progress_bars, task_adder
 
     with progress_bars() as bars:
         add_task = task_adder(bars)
@@ -151,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if an arm failed."""
     from rich.console import Console
 
-    from .environment import environment
-    from .sweep_plan import plan
-    from .sweep_report import draw, sweep_table
+    from ..environment import environment
+    from .plan import plan
+    from .report import draw, sweep_table
 
     task = _task(args)
     planned = plan(
