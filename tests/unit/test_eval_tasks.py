@@ -212,6 +212,18 @@ def test_depth(haystack: str, name: str, tokenizer, depth: float) -> None:
         assert before / room == pytest.approx(depth, abs=0.06)
 
 
+@pytest.mark.parametrize("name", NEEDLES)
+def test_needles_lie_anywhere(name: str) -> None:
+    samples = TASKS[name].make(Characters(), 10_000, 40, seed=0)
+    depths = sorted(sample.depth for sample in samples if sample.depth is not None)
+    assert len(set(depths)) > 20
+    # The first of five assignments is seldom late; needles keep out of the end.
+    assert depths[0] < 0.1 and depths[-1] > (0.4 if name in ("vt", "needle") else 0.8)
+    for sample in samples:
+        at = asked_at(sample) / len(haystack_of(sample))
+        assert sample.depth == pytest.approx(at, abs=0.06)
+
+
 @pytest.mark.parametrize("name", ["cwe", "fwe"])
 def test_what_lies_everywhere_has_no_depth(name: str, tokenizer) -> None:
     with pytest.raises(ToolError, match=f"{name} has no depth"):
@@ -322,6 +334,11 @@ def test_questions_of_a_file(squad: Path, tokenizer) -> None:
         ("{", "not in SQuAD's JSON format: Invalid JSON: "),
         ("[]", "not in SQuAD's JSON format: Input should be an object"),
         ('{"data": [{}]}', "not in SQuAD's JSON format: data.0.paragraphs: Field req"),
+        (
+            '{"data": [{"paragraphs": [{"context": "", "qas": [{"question": "", '
+            '"answers": [{"text": ""}]}]}]}]}',
+            "not in SQuAD's JSON format: data.0.paragraphs.0.qas.0.answers.0.text: Str",
+        ),
         ('{"data": []}', "none in it has an answer"),
     ],
 )

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 _STRIDE = 32
 _INTERPOLATIONS = 8
+_FEWEST = 0.25
+"""Tokens per unit to reckon with, lest a misleading pair of looks asks for millions."""
 
 
 def fit(
@@ -30,7 +32,7 @@ def fit(
     per_unit = (tokens(sample) - used) / max(1, sample - least)
     tries = 0
     while length - used >= per_unit and (too_many is None or too_many - fits > 1):
-        guess = fits + max(1, int((length - used) / max(per_unit, 0.01)))
+        guess = fits + max(1, int((length - used) / max(per_unit, _FEWEST)))
         if too_many is not None:
             # Where tokens are spread too unevenly to be foretold, the middle is safe.
             middle = (fits + too_many) // 2

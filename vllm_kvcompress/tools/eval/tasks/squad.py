@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ...errors import ToolError
 from .qa import Asked
 
 
 class _Answer(BaseModel):
-    text: str
+    text: str = Field(min_length=1)  # nothing is in every output
 
 
 class _Question(BaseModel):
