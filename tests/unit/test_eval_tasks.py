@@ -272,6 +272,17 @@ def test_frequencies_are_rulers(tokenizer) -> None:
     assert most[0] / most[2] == pytest.approx((4 / 2) ** 2, rel=0.05)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_needle_asks_the_same_at_every_depth(seed: int) -> None:
+    made = [
+        TASKS["needle"].make(Characters(), 3000, 1, seed, depth=tenths / 10)[0]
+        for tenths in range(11)
+    ]
+    assert len({(sample.question, sample.answers) for sample in made}) == 1
+    at = [asked_at(sample) for sample in made]
+    assert at == sorted(at) and at[0] < 100
+
+
 def test_needle_on_the_bundled_tokenizer(bundled) -> None:
     task = TASKS["needle"]
     for length in (400, 1000, 1001, 4096):
