@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 MODEL = Path(vllm_kvcompress.__file__).parent / "assets" / "needle"
 BUDGET, BLOCK_SIZE, PROMPT_TOKENS = 256, 32, 1000
 PROMPT = [1, *(4 + i % 200 for i in range(PROMPT_TOKENS - 1))]
+LONG = {"max_tokens": 60, "ignore_eos": True}
 FLAGS = [
     *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
     *("--kv-compression-config.request_methods", '["keydiff"]'),
@@ -147,6 +148,85 @@ def test_switched_off_for_one_request(server):
     assert metrics(server)["compressions_total"] == before["compressions_total"]
 
 
+def respond(client, **body):
+    body = {"model": "needle", "input": "abandon " * 400, **body}
+    return client.post("/v1/responses", json={"max_output_tokens": 4, **body})
+
+
+def told(answer):
+    """What an answer says of its request's compression."""
+    assert answer.status_code == 200, answer.text
+    return answer.json()["kv_transfer_params"]["kv_compression"]
+
+
+@pytest.mark.parametrize("ask", [complete, chat, respond])
+def test_a_request_is_told_what_was_kept(server, ask):
+    before = metrics(server)
+    answer = ask(server, vllm_xargs={"kv_compression_usage": True})
+    found = told(answer)
+    logical = answer.json()["usage"]["total_tokens"] - 1
+    evicted = counted(server, "tokens_evicted_total", before)
+    assert evicted > 0
+    assert found == {
+        "method": "snapkv",
+        "skipped": None,
+        "compressions": 1,
+        "blocks_freed": counted(server, "blocks_freed_total", before),
+        "logical_tokens": logical,
+        "retained_tokens": logical - evicted,
+        "retained_by_layer": None,
+    }
+    for nobody in ({}, {"vllm_xargs": {"kv_compression_usage": False}}):
+        assert ask(server, **nobody).json()["kv_transfer_params"] is None
+
+
+@pytest.mark.parametrize(
+    ("xargs", "body", "skipped", "method"),
+    [
+        ({"kv_compression": "off"}, {}, "off", None),
+        ({}, {"prompt": [1, 4, 5]}, "short", "snapkv"),
+        ({}, {"max_tokens": 1}, "one_token", "snapkv"),
+    ],
+    ids=["off", "short", "one_token"],
+)
+def test_a_request_is_told_why_nothing_went(server, xargs, body, skipped, method):
+    asked = {**xargs, "kv_compression_usage": True}
+    found = told(complete(server, vllm_xargs=asked, **body))
+    assert (found["skipped"], found["method"]) == (skipped, method)
+    assert found["compressions"] == found["blocks_freed"] == 0
+    assert found["retained_tokens"] == found["logical_tokens"] > 0
+
+
+def test_a_request_that_ends_by_a_word_is_told(server):
+    """The engine does not know of such an end; only the front end does."""
+    asked = {"vllm_xargs": {"kv_compression_usage": True}, **LONG}
+    whole = complete(server, **asked)
+    (choice,) = whole.json()["choices"]
+    word = choice["text"].split()[1]
+    ended = complete(server, stop=[word], **asked)
+    (choice,) = ended.json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", word)
+    # The prompt, and 48 tokens behind it.
+    assert told(whole)["compressions"] == 2
+    assert told(ended)["compressions"] == 1
+    assert told(ended)["logical_tokens"] < told(whole)["logical_tokens"]
+
+
+def test_one_of_parallel_samples_is_told_of(server):
+    asked = {"vllm_xargs": {"kv_compression_usage": True}, **LONG}
+    found = told(complete(server, n=2, temperature=1, seed=0, **asked))
+    assert found["compressions"] == 2
+    assert found["logical_tokens"] == PROMPT_TOKENS + 59
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_streams_take_the_question(server, ask):
+    """vLLM's chunks have no room for the answer."""
+    answer = ask(server, stream=True, vllm_xargs={"kv_compression_usage": True})
+    assert answer.status_code == 200
+    assert answer.text.rstrip().endswith("data: [DONE]")
+
+
 def test_lower_budget_for_one_request(server):
     before = metrics(server)
     answer = complete(server, vllm_xargs={"kv_compression_budget": 96})
@@ -199,6 +279,7 @@ def test_long_answers_are_compressed_again_and_streamed(server, n):
         ({"kv_compression_budget": 5}, ["=5", f"63 to {BUDGET}"]),
         ({"kv_compression_budget": "many"}, ["='many'", "whole numbers"]),
         ({"kv_compression_budget": {"a": 1}}, ["kv_compression_budget"]),
+        ({"kv_compression_usage": "yes"}, ["_usage='yes'", "true and false"]),
         ({"kv_compression_window": 8}, ["kv_compression_window"]),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from tests.engine.conftest import (
     scheduler,
 )
 from vllm_kvcompress import stats
+from vllm_kvcompress.budget import fit
 
 POOL = 44
 SETTINGS = {"method": "snapkv", "budget": 96, "window": 16}
@@ -61,6 +62,34 @@ def test_preempted_answers_equal_unhurried(tight: Any, unhurried: list[Answer]) 
     assert free_blocks(tight) == before
     for length, mine, theirs in zip(LENGTHS, answers, unhurried, strict=True):
         assert mine.near(theirs), length
+
+
+def test_preempted_requests_are_told_of_one_life(tight: Any) -> None:
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        max_tokens=150,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"kv_compression_usage": True},
+    )
+    preempted = preemptions(tight)
+    prompts = [{"prompt_token_ids": prompt(n, seed=n)} for n in LENGTHS]
+    outputs = tight.generate(prompts, asked, use_tqdm=False)
+    assert any(preempted), "no compression was undone"
+    for length, output in zip(LENGTHS, outputs, strict=True):
+        told = output.kv_transfer_params["kv_compression"]
+        freed = fit(length, SETTINGS["budget"], BLOCK).freed_blocks
+        assert told == {
+            "method": "snapkv",
+            "skipped": None if freed else "short",
+            "compressions": int(freed > 0),
+            "blocks_freed": freed,
+            "logical_tokens": length + 149,
+            "retained_tokens": length + 149 - freed * BLOCK,
+            "retained_by_layer": None,
+        }
 
 
 def test_more_requests_run_at_once(tight: Any) -> None:

@@ -1,15 +1,19 @@
 """What has to hold after each step of a simulation, whatever was planned."""
 
 from collections import Counter
+from statistics import fmean
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 
 from tests.shadow import BLOCK, MERGED, Slot, require
 from tests.unit.course import Course, Next
 from tests.unit.workloads import Workload
+from vllm_kvcompress.config import KEY
 from vllm_kvcompress.engine.manager import CompressedKVManager
+from vllm_kvcompress.engine.metrics import REASONS
 from vllm_kvcompress.plan import StepPlan
 
 
@@ -53,6 +57,27 @@ class Checks:
             plain = [b for b in own if b.block_hash is None]
             free -= min(free, max(0, need - len(plain)))
         require(not room, request_id, "groups", pair, "wait with room for", wanted)
+
+    def check_usage(self, output: EngineCoreOutput) -> None:
+        """A request is told what the worker holds of it."""
+        told = (output.kv_transfer_params or {})[KEY]
+        require(told["skipped"] in (None, *REASONS), told)
+        if self.load.asynchronous:  # the worker is a step ahead
+            return
+        life = self.worker.lives[output.request_id]
+        course = self.course(self.requests[output.request_id])
+        held = {group: len(life.held(group)) for group in course.tiers}
+        freed = sum(course.lost(g) + course.borrowed(g) for g in held)
+        wanted = (life.computed, round(fmean(held.values())), freed)
+        names = ("logical_tokens", "retained_tokens", "blocks_freed")
+        found = tuple(told[name] for name in names)
+        require(found == wanted, told, "instead of", wanted)
+        require(bool(life.kept) == (told["compressions"] > 0), told)
+        tiers = {tier: held[group] for group, tier in course.tiers.items()}
+        by_layer = sorted((layer, n) for tier, n in tiers.items() for layer in tier)
+        by_layer = [n for _, n in by_layer] if len(tiers) > 1 else None
+        require(told["retained_by_layer"] == by_layer, told, "instead of", by_layer)
+        self.seen["told"] += bool(life.kept)
 
     def check_request(self, request: Request, plan: StepPlan) -> None:
         """What a running request holds, in each group."""

@@ -21,6 +21,7 @@ from tests.unit.engines import configs
 from tests.unit.invariants import Checks
 from tests.unit.workloads import MAX_LEN, RUNNERS, Workload
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.engine.requests import USAGE_KEY
 from vllm_kvcompress.engine.scheduler import (
     CompressedAsyncScheduler,
     CompressedScheduler,
@@ -93,7 +94,7 @@ class Run(Checks):
         params = SamplingParams(
             max_tokens=min(arrival.max_tokens, MAX_LEN - len(tokens)),
             stop_token_ids=[STOP],
-            extra_args=arrival.extra_args,
+            extra_args={**(arrival.extra_args or {}), USAGE_KEY: True},
         )
         self.requests[request_id] = Request(
             request_id,
@@ -146,7 +147,10 @@ class Run(Checks):
     def deliver(self) -> None:
         """The oldest step's tokens reach the scheduler."""
         if self.queue:
-            self.scheduler.update_from_output(*self.queue.popleft())
+            messages = self.scheduler.update_from_output(*self.queue.popleft())
+            for message in messages.values():
+                for output in message.outputs:
+                    self.check_usage(output)
 
     # Checks --------------------------------------------------------------------
 

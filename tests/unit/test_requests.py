@@ -27,6 +27,8 @@ SHARE = KVCompressionConfig.from_dict({"method": "snapkv", "keep_ratio": 0.5})
         ({"kv_compression": "off"}, RequestSettings(False, None)),
         ({"kv_compression_budget": 512}, RequestSettings(True, 512)),
         ({"kv_compression_budget": 47}, RequestSettings(True, 47)),
+        ({"kv_compression_usage": True}, RequestSettings()),
+        ({"kv_compression_usage": 0}, RequestSettings()),  # JSON's false, by vLLM
         (
             {"kv_compression": "off", "kv_compression_budget": 128},
             RequestSettings(False, 128),
@@ -101,6 +103,9 @@ def test_unknown_block_size():
         ({"kv_compression_budget": 128.0}, ["=128.0", "whole numbers"]),
         ({"kv_compression_budget": "128"}, ["='128'", "whole numbers"]),
         ({"kv_compression_budget": True}, ["=True", "whole numbers"]),
+        ({"kv_compression_usage": "true"}, ["_usage='true'", "true and false"]),
+        ({"kv_compression_usage": 2}, ["_usage=2", "true and false"]),
+        ({"kv_compression_usage": [1]}, ["_usage=[1]", "true and false"]),
         ({"kv_compression_window": 8}, ["kv_compression_window=8", "_budget"]),
     ],
     ids=str,

@@ -43,6 +43,7 @@ HAPPENS = [
     "merges",
     "generated tokens merge",
     "selected, then merged",
+    "told",
 ]
 
 

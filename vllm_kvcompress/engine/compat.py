@@ -228,6 +228,11 @@ SEAMS = (
         ("prompt", "sampling_params"),
     ),
     Seam(
+        "vllm.v1.engine:EngineCoreOutput.kv_transfer_params",
+        "set: tells a request that asks what was kept of it",
+        "vLLM has room for plugins' words in its answers",
+    ),
+    Seam(
         "vllm.v1.metrics.loggers:StatLoggerManager",
         "wrapped: adds a logger to engines that compress",
         "stat logger plugins may be chosen per engine",

@@ -2,7 +2,8 @@
 
 ``{"kv_compression": "off"}`` leaves one request as it is, the name of a method that
 the server offers compresses it with that one, and ``{"kv_compression_budget": 512}``
-keeps fewer tokens of it than the server would.
+keeps fewer tokens of it than the server would. ``{"kv_compression_usage": true}`` has
+the answer tell how many were kept.
 """
 
 import functools
@@ -15,9 +16,11 @@ from .args import config_of
 from .shared_models import prompt_logprobs_refusal
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 BUDGET_KEY = f"{KEY}_budget"
+USAGE_KEY = f"{KEY}_usage"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ def request_settings(
     mine = {k: v for k, v in (extra_args or {}).items() if k.startswith(KEY)}
     mode = mine.pop(KEY, None)
     budget = mine.pop(BUDGET_KEY, None)
+    usage = mine.pop(USAGE_KEY, None)
     for key, value in mine.items():
-        raise RequestError(key, value, f"the keys {KEY} and {BUDGET_KEY}")
+        raise RequestError(key, value, f"the keys {KEY}, {BUDGET_KEY} and {USAGE_KEY}")
+    if usage not in (None, True, False):  # vLLM reads JSON's true as 1
+        raise RequestError(USAGE_KEY, usage, "true and false")
     methods = (config.method, *config.request_methods)
     modes = ["on", *dict.fromkeys(methods)]
     if config.prefill == "exact":
@@ -84,6 +90,11 @@ def request_settings(
             raise RequestError(BUDGET_KEY, budget, f"whole numbers from {least}{most}")
     method = mode if mode in config.request_methods else None
     return RequestSettings(mode != "off", budget, method)
+
+
+def asks_for_usage(params: "SamplingParams | None") -> bool:
+    """Whether a request wants to be told what became of it."""
+    return bool(params and params.extra_args and params.extra_args.get(USAGE_KEY))
 
 
 @functools.cache

@@ -22,9 +22,10 @@ from vllm.v1.request import Request
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, StepPlan
-from . import metrics
+from . import metrics, usage
 from .course import Course, Planner
 from .manager import CompressedKVManager
+from .requests import asks_for_usage
 
 logger = init_logger("vllm.plugins.kv_compression")
 
@@ -53,6 +54,8 @@ class CompressedScheduler(Scheduler):
         self._courses: dict[str, Course | None] = {}
         # Request id -> its tokens that saw no compressed context.
         self._exact_tokens: dict[str, int] = {}
+        # Of requests that ask to be told.
+        self._usages: dict[str, usage.Usage] = {}
         self._skipped: Counter[str] = Counter()
         # Counted since the last statistics message.
         self._unsent = Counters()
@@ -115,11 +118,17 @@ class CompressedScheduler(Scheduler):
                 self._exact_tokens[request_id] = 0
             if course is None and request.num_preemptions == 0:
                 self._skipped[reason] += 1
+            if asks_for_usage(request.sampling_params):
+                chosen = settings.method or self._config.method if settings else None
+                skipped = reason if course is None else None
+                self._usages[request_id] = usage.Usage(request, chosen, skipped)
         return self._courses[request_id]
 
     def _free_request_blocks(self, request: Request) -> None:
         self._courses.pop(request.request_id, None)
         self._exact_tokens.pop(request.request_id, None)
+        if request.is_finished():  # one that is preempted may yet be answered
+            self._usages.pop(request.request_id, None)
         super()._free_request_blocks(request)
 
     # vLLM's steps ----------------------------------------------------------
@@ -210,6 +219,8 @@ class CompressedScheduler(Scheduler):
                 del course.targets[done]
         if planned:
             self._exact_tokens.setdefault(request.request_id, computed)
+        if told := self._usages.get(request.request_id):
+            told.add(planned, dry=bool(course.targets))
         if not course.targets:
             self._courses[request.request_id] = self._planner.next(
                 request, course.settings, computed, course.due
@@ -266,7 +277,11 @@ class CompressedScheduler(Scheduler):
                     f"{expected} planned compressions"
                 )
             self._unsent.add(report)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        usages = dict(self._usages)  # those who finish now are forgotten
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if usages:
+            usage.attach(outputs.values(), usages, self._managers)
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics with ours attached."""
