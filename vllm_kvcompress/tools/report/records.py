@@ -1,0 +1,256 @@
+"""What result folders hold, checked: the files' fields, and the folders themselves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STOCK = "stock"
+FLOOR = "random"
+
+
+class _Record(BaseModel):
+    """A record of a file; fields that we do not know are kept."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Fidelity(_Record):
+    """How near the output is to stock's; see the page's definitions."""
+
+    agreement: float
+    kl: float
+    tokens: int
+
+
+class Prediction(_Record):
+    """One line of predictions.jsonl."""
+
+    task: str
+    length: int
+    depth: float | None = None
+    sample: int
+    answers: list[str] = []
+    output: str
+    score: float
+    fidelity: Fidelity | None = None
+
+
+class TaskResult(_Record):
+    """The accuracy of some samples."""
+
+    accuracy: float
+    samples: int
+
+
+class Cell(TaskResult):
+    """The accuracy at one length and depth."""
+
+    task: str
+    length: int
+    depth: float | None = None
+
+
+class KV(_Record):
+    """What compression did, from the plugin's counters."""
+
+    kept_share: float
+    compressions: int = 0
+    tokens_evicted: int = 0
+    blocks_freed: int = 0
+
+
+class Metrics(TaskResult):
+    """metrics.json."""
+
+    complete: bool = True
+    by_task: dict[str, TaskResult]
+    cells: list[Cell] = []
+    fidelity: Fidelity | None = None
+    kv: KV | None = None
+    seconds: float | None = None
+
+
+class EvalConfig(_Record):
+    """config.json of an arm of `kvcompress eval`."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    model: str
+    arm: str
+    label: str
+    settings: dict[str, Any] | None = None
+    budget: int | None = None
+    keep_ratio: float | None = None
+    question: Literal["inside", "outside"] = "inside"
+    group: str
+
+
+class Run(_Record):
+    """One line of runs.jsonl: vLLM's result, and what was counted beside it."""
+
+    kind: Literal["serve", "throughput"]
+    arm: str
+    method: str | None = None
+    model_id: str | None = None
+    dataset: str = ""
+    input_len: int | None = None
+    output_len: int | None = None
+    max_concurrency: int | None = None
+    request_rate: float | None = None
+    output_throughput: float | None = None
+    tokens_per_second: float | None = None
+    median_ttft_ms: float | None = None
+    p99_ttft_ms: float | None = None
+    median_tpot_ms: float | None = None
+    p99_tpot_ms: float | None = None
+    running_peak: float | None = None
+    kv_usage_peak: float | None = None
+    preemptions: float | None = None
+    failed: int = 0
+    repeats: int = 1
+
+    @property
+    def throughput(self) -> float | None:
+        """Tokens per second: of the output if served, else of prompts too."""
+        served = self.kind == "serve"
+        return self.output_throughput if served else self.tokens_per_second
+
+    @property
+    def case(self) -> tuple:
+        """What was asked for, apart from how much of it at once."""
+        return (self.kind, self.dataset, self.input_len, self.output_len)
+
+    @property
+    def load(self) -> tuple:
+        """How much was asked for at once."""
+        return (self.max_concurrency, self.request_rate)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One result folder of `kvcompress eval`."""
+
+    folder: str
+    config: EvalConfig
+    metrics: Metrics
+    predictions: Sequence[Prediction]
+    environment: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.config.label
+
+    @property
+    def method(self) -> str:
+        """The method, or ``stock``."""
+        return self.config.arm
+
+    @property
+    def kept_share(self) -> float | None:
+        """Tokens held after compression over those before, if it was measured."""
+        if self.metrics.kv:
+            return self.metrics.kv.kept_share
+        return 1.0 if self.method == STOCK else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that answered the same questions, stock first."""
+
+    arms: Sequence[Arm]
+
+    @property
+    def stock(self) -> Arm | None:
+        """The arm that nothing was compressed in."""
+        return next((arm for arm in self.arms if arm.method == STOCK), None)
+
+    @property
+    def title(self) -> str:
+        """The model, and what it was asked."""
+        return f"{self.arms[0].config.model}: {', '.join(self.tasks)}"
+
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks, in order of appearance."""
+        return list(dict.fromkeys(t for arm in self.arms for t in arm.metrics.by_task))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One result folder of `kvcompress bench`; repeated runs are their medians."""
+
+    folder: str
+    config: dict[str, Any]
+    runs: Sequence[Run]
+    environment: dict[str, Any]
+
+    @property
+    def model(self) -> str | None:
+        """The model that was served."""
+        return self.config.get("model") or self.runs[0].model_id
+
+    @property
+    def title(self) -> str:
+        """The model, or else the folder."""
+        return self.model or self.folder
+
+    @property
+    def arms(self) -> list[str]:
+        """All arms, stock first."""
+        found = dict.fromkeys(run.arm for run in self.runs)
+        return sorted(found, key=lambda arm: arm != STOCK)
+
+
+@dataclass
+class Results:
+    """All that was read, and what is wrong with it."""
+
+    groups: list[Group] = field(default_factory=list)
+    benches: list[Bench] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def rebuilt(predictions: Sequence[Prediction], old: Metrics | None) -> Metrics:
+    """Metrics of these predictions; only counters are taken from the old ones."""
+    cells: dict[tuple, list[float]] = {}
+    tasks: dict[str, list[float]] = {}
+    for line in predictions:
+        cells.setdefault((line.task, line.length, line.depth), []).append(line.score)
+        tasks.setdefault(line.task, []).append(line.score)
+    return Metrics(
+        complete=False,
+        accuracy=fmean(line.score for line in predictions),
+        samples=len(predictions),
+        by_task={
+            task: TaskResult(accuracy=fmean(scores), samples=len(scores))
+            for task, scores in tasks.items()
+        },
+        cells=[
+            Cell(
+                task=task,
+                length=length,
+                depth=depth,
+                accuracy=fmean(scores),
+                samples=len(scores),
+            )
+            for (task, length, depth), scores in cells.items()
+        ],
+        fidelity=_mean_fidelity([p.fidelity for p in predictions if p.fidelity]),
+        kv=old.kv if old else None,
+        seconds=old.seconds if old else None,
+    )
+
+
+def _mean_fidelity(parts: Sequence[Fidelity]) -> Fidelity | None:
+    """The mean over tokens."""
+    tokens = sum(part.tokens for part in parts)
+    if not tokens:
+        return None
+    return Fidelity(
+        agreement=sum(part.agreement * part.tokens for part in parts) / tokens,
+        kl=sum(part.kl * part.tokens for part in parts) / tokens,
+        tokens=tokens,
+    )
