@@ -50,7 +50,11 @@ def predictions(method: str, share: float) -> list[dict[str, Any]]:
         for length in LENGTHS:
             for depth in DEPTHS if task != "qa" else [None]:
                 for sample in range(2):
-                    place = hash((length, depth or 0.3, sample)) % 100 / 100
+                    place = (
+                        hash((TASKS.index(task), length, depth or 0.3, sample))
+                        % 100
+                        / 100
+                    )
                     score = float(place < right)
                     near = {"agreement": right, "kl": 1 - right + 0.01, "tokens": 8}
                     found.append(

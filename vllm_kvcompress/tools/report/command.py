@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         for bench in results.benches
     ]
     contents = {
-        args.out: page(args.title, results, evals, benches, _command(args)).encode()
+        args.out: page(
+            args.title, results, evals, benches, list(_command(args))
+        ).encode()
     }
     if args.pictures:
         for number, section in enumerate([*evals, *benches], 1):

@@ -69,8 +69,7 @@ def eval_comparisons(group: Group) -> Iterator[Comparison]:
         own, base = arm.metrics, stock.metrics
         found = {ACCURACY: Change.of(own.accuracy, base.accuracy, True)}
         for task in group.tasks if len(group.tasks) > 1 else []:
-            both = own.by_task.get(task), base.by_task.get(task)
-            found[task] = Change.of(*(part and part.accuracy for part in both), True)
+            found[task] = Change.of(own.of_task(task), base.of_task(task), True)
         found[KEPT] = Change.of(arm.kept_share, stock.kept_share, False)
         yield Comparison(arm.label, "", _measured(found))
 

@@ -72,6 +72,10 @@ class Metrics(TaskResult):
     kv: KV | None = None
     seconds: float | None = None
 
+    def of_task(self, task: str) -> float | None:
+        """The accuracy of one task, if it was asked."""
+        return self.by_task[task].accuracy if task in self.by_task else None
+
 
 class EvalConfig(_Record):
     """config.json of an arm of `kvcompress eval`."""
@@ -170,7 +174,11 @@ class Group:
     @property
     def title(self) -> str:
         """The model, and what it was asked."""
-        return f"{self.arms[0].config.model}: {', '.join(self.tasks)}"
+        tasks = (
+            ", ".join(self.tasks) if len(self.tasks) < 5 else f"{len(self.tasks)} tasks"
+        )
+        questions = " and ".join(sorted({arm.config.question for arm in self.arms}))
+        return f"{self.arms[0].config.model}: {tasks}, question {questions}"
 
     @property
     def tasks(self) -> list[str]:
@@ -194,14 +202,20 @@ class Bench:
 
     @property
     def title(self) -> str:
-        """The model, or else the folder."""
-        return self.model or self.folder
+        """The model, and the folder."""
+        return f"{self.model}: {self.folder}" if self.model else self.folder
 
     @property
     def arms(self) -> list[str]:
-        """All arms, stock first."""
+        """All arms, those of stock first."""
         found = dict.fromkeys(run.arm for run in self.runs)
-        return sorted(found, key=lambda arm: arm != STOCK)
+        methods = self.methods
+        return sorted(found, key=lambda a: (a != STOCK, a != methods[a], methods[a]))
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Each arm's method; an arm without one stands for itself."""
+        return {run.arm: run.method or run.arm for run in self.runs}
 
 
 @dataclass

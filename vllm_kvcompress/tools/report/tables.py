@@ -1,12 +1,12 @@
 """The page's tables: what stands in which cell."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .compare import Change, Comparison, case_title, load_title
-from .records import STOCK, Bench, Group, Prediction, Run
+from .compare import KEPT, Change, Comparison, case_title, load_title
+from .records import STOCK, Bench, Group, Prediction
 
 EXAMPLES = 3  # wrong answers shown of each arm
 TITLES = {
@@ -22,7 +22,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, and whether it is a win or a loss ("won", "lost")."""
+    """A text, and its class in the page: "won", "lost" or "text"."""
 
     text: str
     kind: str = ""
@@ -73,7 +73,7 @@ def ratio_table(title: str, comparisons: Sequence[Comparison]) -> Table:
     rows = [
         _row(
             [own.arm]
-            + [own.case] * cased
+            + [Cell(own.case, "text")] * cased
             + [change_cell(own.changes.get(name)) for name in names]
         )
         for own in comparisons
@@ -84,7 +84,12 @@ def ratio_table(title: str, comparisons: Sequence[Comparison]) -> Table:
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
     """How many figures won and lost, in a sentence."""
-    changes = [change for own in comparisons for change in own.changes.values()]
+    changes = [
+        change
+        for own in comparisons
+        for name, change in own.changes.items()
+        if name != KEPT  # that less is kept goes without saying
+    ]
     lost = sum(change.lost for change in changes)
     won = sum(change.gain > 0 for change in changes)
     return (
@@ -98,21 +103,22 @@ def eval_table(group: Group) -> Table:
     tasks = group.tasks if len(group.tasks) > 1 else []
     rows = []
     for arm in group.arms:
-        own, kv, near = arm.metrics, arm.metrics.kv, arm.metrics.fidelity
-        by_task = [own.by_task.get(task) for task in tasks]
+        own = arm.metrics
+        near = own.fidelity.model_dump() if own.fidelity else {}
+        kv = own.kv.model_dump() if own.kv else {}
         rows.append(
             _row(
                 [
                     arm.label + ("" if own.complete else " (not complete)"),
                     f"{own.accuracy:.1%}",
-                    *(_form("{:.1%}", part and part.accuracy) for part in by_task),
+                    *(_form("{:.1%}", own.of_task(task)) for task in tasks),
                     own.samples,
                     _form("{:.1%}", arm.kept_share),
-                    _form("{:.1%}", near and near.agreement),
-                    _form("{:.4f}", near and near.kl),
-                    _form("{:,}", kv and kv.compressions),
-                    _form("{:,}", kv and kv.tokens_evicted),
-                    _form("{:,}", kv and kv.blocks_freed),
+                    _form("{:.1%}", near.get("agreement")),
+                    _form("{:.4f}", near.get("kl")),
+                    _form("{:,}", kv.get("compressions")),
+                    _form("{:,}", kv.get("tokens_evicted")),
+                    _form("{:,}", kv.get("blocks_freed")),
                     _form("{:,.0f}", own.seconds),
                 ]
             )
@@ -124,26 +130,28 @@ def eval_table(group: Group) -> Table:
 
 def run_table(bench: Bench) -> Table:
     """All runs; repeated ones are their medians."""
-    columns: dict[str, Callable[[Run], Any]] = {
-        "arm": lambda run: run.arm,
-        "case": case_title,
-        "load": load_title,
-        "tokens/s": lambda run: _form("{:,.1f}", run.throughput),
-        **{
-            f"{TITLES[key]}, ms": lambda run, key=key: _form(
-                "{:,.1f}", getattr(run, key)
-            )
-            for key in TITLES
-            if key.endswith("_ms")
-        },
-        "requests at once": lambda run: _form("{:g}", run.running_peak),
-        "KV cache used": lambda run: _form("{:.0%}", run.kv_usage_peak),
-        "preemptions": lambda run: _form("{:g}", run.preemptions),
-        "failed": lambda run: Cell(str(run.failed), "lost" if run.failed else ""),
-        "runs": lambda run: run.repeats,
-    }
-    rows = [_row(read(run) for read in columns.values()) for run in bench.runs]
-    return Table("Runs", list(columns), rows)
+    latencies = [key for key in TITLES if key.endswith("_ms")]
+    rows = [
+        _row(
+            [
+                run.arm,
+                Cell(case_title(run), "text"),
+                Cell(load_title(run), "text"),
+                _form("{:,.1f}", run.throughput),
+                *(_form("{:,.1f}", getattr(run, key)) for key in latencies),
+                _form("{:g}", run.running_peak),
+                _form("{:.0%}", run.kv_usage_peak),
+                _form("{:g}", run.preemptions),
+                Cell(str(run.failed), "lost" if run.failed else ""),
+                run.repeats,
+            ]
+        )
+        for run in bench.runs
+    ]
+    heads = ["arm", "case", "load", TITLES["throughput"]]
+    heads += [f"{TITLES[key]}, ms" for key in latencies]
+    heads += [TITLES["running_peak"], "KV cache used", TITLES["preemptions"]]
+    return Table("Runs", [*heads, "failed", "runs"], rows)
 
 
 def example_table(group: Group) -> Table | None:

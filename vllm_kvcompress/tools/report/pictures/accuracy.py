@@ -19,10 +19,7 @@ ALL = "all samples"
 
 
 def _accuracy(arm: Arm, task: str) -> float | None:
-    if task == ALL:
-        return arm.metrics.accuracy
-    found = arm.metrics.by_task.get(task)
-    return found.accuracy if found else None
+    return arm.metrics.accuracy if task == ALL else arm.metrics.of_task(task)
 
 
 def accuracy(group: Group, look: Palette) -> Iterator[Picture]:

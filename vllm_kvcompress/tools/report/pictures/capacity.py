@@ -17,7 +17,7 @@ def arm_bars(
     """Horizontal bars, stock on top, a panel per case."""
     from matplotlib.figure import Figure
 
-    methods = {run.arm: run.method or run.arm for run in bench.runs}
+    methods = bench.methods
     height = 0.33 * len(bench.arms) + 0.9
     columns = min(2, len(cases))
     rows = -(-len(cases) // columns)

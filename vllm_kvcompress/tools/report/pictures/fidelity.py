@@ -25,7 +25,7 @@ def fidelity(group: Group, look: Palette) -> Iterator[Picture]:
     figure, axes = panels(list(titles.values()))
     for axis, key in zip(axes, titles, strict=True):
         for name, arms in lines.items():
-            shares = [arm.kept_share for arm in arms]
+            shares = [arm.kept_share or 0.0 for arm in arms]
             values = [getattr(arm.metrics.fidelity, key) for arm in arms]
             style = look.look(arms[0].method, number[name])
             axis.plot(shares, values, label=name, **style)

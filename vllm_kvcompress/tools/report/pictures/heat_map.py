@@ -34,20 +34,22 @@ def heat_maps(group: Group) -> Iterator[Picture]:
 def _heat_map(
     group: Group, task: str, lengths: list[int], depths: list[float]
 ) -> Picture:
-    figure, axes = panels([arm.label for arm in group.arms])
+    columns = min(len(group.arms), 3 if len(group.arms) <= 9 else 5)
+    figure, axes = panels([arm.label for arm in group.arms], columns)
     for number, (axis, arm) in enumerate(zip(axes, group.arms, strict=True)):
         values = grid(arm, task, lengths, depths)
         image = axis.imshow(values, vmin=0, vmax=1, cmap=MAP, aspect="auto")
         axis.grid(False)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axis.tick_params(axis="x", labelrotation=45 if len(lengths) > 4 else 0)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set_xlabel("tokens")
-        if number % 3 == 0:
+        axis.set_yticks(range(len(depths)), [""] * len(depths))
+        if number % columns == 0:
+            axis.set_yticklabels([f"{100 * depth:.0f} %" for depth in depths])
             axis.set_ylabel("depth of the needle")
         if len(lengths) <= 8:
             _write(axis, values)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="accuracy")
+    bar = figure.colorbar(image, ax=axes, aspect=40, label="accuracy")
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     return Picture(
         f"needles-{task}",

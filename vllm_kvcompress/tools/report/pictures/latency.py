@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from ..compare import case_title, load_title
 from ..records import Bench, Run
-from .style import Palette, Picture, legend, load_axis, panels, variants
+from .style import Palette, Picture, legend, load_axis, panels, plain_log, variants
 from .throughput import by_load
 
-FIGURES = {"ttft": "time to first token (TTFT)", "tpot": "time per token (TPOT)"}
+FIGURES = ("ttft", "tpot")
 
 
 def rows(runs: Sequence[Run]) -> dict[str, tuple[str, dict[str, list]]]:
@@ -17,11 +17,11 @@ def rows(runs: Sequence[Run]) -> dict[str, tuple[str, dict[str, list]]]:
     """
     found: dict[str, tuple[str, dict[str, list]]] = {}
     loads: dict[str, list[Run]] = {}
+    several = len({(run.dataset, run.output_len) for run in runs}) > 1
     for run in runs:
         if run.input_len is not None:
-            out = "" if run.output_len is None else f", {run.output_len:,} out"
-            title = f"{run.dataset} {load_title(run)}{out}".strip()
-            loads.setdefault(title, []).append(run)
+            traffic = f", {run.dataset}, {run.output_len} out" if several else ""
+            loads.setdefault(load_title(run) + traffic, []).append(run)
     for title, own in loads.items():
         if len({run.input_len for run in own}) > 1:
             arms: dict[str, list] = {}
@@ -42,7 +42,7 @@ def latency(bench: Bench, look: Palette) -> Iterator[Picture]:
     found = rows(runs)
     if not found:
         return
-    methods = {run.arm: run.method or run.arm for run in runs}
+    methods = bench.methods
     number = variants((methods[arm], arm) for arm in bench.arms if arm in methods)
     titles = [f"{kind.upper()}, {row}" for row in found for kind in FIGURES]
     figure, axes = panels(titles, columns=2)
@@ -65,6 +65,7 @@ def latency(bench: Bench, look: Palette) -> Iterator[Picture]:
                         axis.plot(*zip(*points, strict=True), **{**style, **extra})
             load_axis(axis, [x for points in arms.values() for x, _ in points])
             axis.set_yscale("log")
+            plain_log(axis.yaxis)
             axis.set_xlabel(x_name)
             axis.set_ylabel("ms")
     legend(figure, columns=2)
@@ -72,7 +73,7 @@ def latency(bench: Bench, look: Palette) -> Iterator[Picture]:
     yield Picture(
         "latency",
         f"TTFT and TPOT over {over}",
-        f"{FIGURES['ttft'].capitalize()} and {FIGURES['tpot']}: the median thick, the "
+        "Time to first token (TTFT) and time per token (TPOT): the median thick, the "
         "99th percentile thin. Lower is better; both axes are logarithmic.",
         figure,
     )

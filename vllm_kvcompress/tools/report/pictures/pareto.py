@@ -19,7 +19,8 @@ def _draw(
     figure.set_size_inches(6.4, 4.6)
     beaten = [point for i, point in enumerate(points) if i not in front]
     if beaten:
-        axis.scatter(*zip(*beaten, strict=True), color=GREY, s=28, label="beaten")
+        xs, ys = zip(*beaten, strict=True)
+        axis.scatter(xs, ys, color=GREY, s=28, label="beaten")
     steps = "steps-post" if less else "steps-pre"
     xs, ys = zip(*sorted(points[i] for i in front), strict=True)
     axis.plot(xs, ys, color=GREY, linewidth=1, drawstyle=steps, zorder=1)
@@ -67,6 +68,7 @@ def throughput_fronts(group: Group, bench: Bench, look: Palette) -> Iterator[Pic
             continue
         speeds = [best[arm.label] for arm in arms]
         figure, axis = _draw(arms, speeds, False, title, look)
+        axis.set_xlim(left=0)
         axis.set_xlabel("highest throughput, tokens/s")
         yield Picture(
             f"pareto-throughput-{number + 1}",

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..records import FLOOR, STOCK, Arm
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours without yellow and black, which print badly or mean stock.
@@ -58,7 +60,7 @@ class Palette:
             "color": color,
             "linestyle": LINES[(variant + number // len(COLORS)) % len(LINES)],
             "marker": MARKERS[number % len(MARKERS)],
-            "markersize": 6,
+            "markersize": max(4.5, 9 - 1.1 * number),  # so that equal points show
         }
 
 
@@ -90,14 +92,18 @@ def variants(names: Iterable[tuple[str, str]]) -> dict[str, int]:
     return {line: number for own in counts.values() for line, number in own.items()}
 
 
-def panels(titles: Sequence[str], columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure of small panels, of which all share their y axis."""
+def panels(
+    titles: Sequence[str], columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of small panels, row by row."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = min(columns, len(titles))
+    columns = columns or min(len(titles), 2 if len(titles) == 4 else 3)
     rows = -(-len(titles) // columns)
     width = max(columns * PANEL[0], 5.5)
-    figure = Figure(figsize=(width, rows * PANEL[1] + 0.6), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08)
+    figure = Figure(figsize=(width, rows * PANEL[1] + 0.6), layout=layout)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(titles) :]:
         axis.set_visible(False)
@@ -110,14 +116,14 @@ def panels(titles: Sequence[str], columns: int = 3) -> tuple[Figure, list[Axes]]
 
 def legend(figure: Figure, columns: int = 3) -> None:
     """One legend below for all panels."""
-    found = {}
+    found: dict[str, Artist] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
         figure.legend(
             found.values(),
-            found.keys(),
+            list(found),
             loc="outside lower center",
             ncols=min(columns, len(found)),
             frameon=False,
@@ -125,7 +131,7 @@ def legend(figure: Figure, columns: int = 3) -> None:
         )
 
 
-def percent(axis: Any) -> None:
+def percent(axis: Axis) -> None:
     """Write a share as percent; axis is an x or y axis."""
     from matplotlib.ticker import FuncFormatter
 
@@ -138,12 +144,20 @@ def kept_axis(axis: Axes, shares: Iterable[float]) -> None:
 
     if min(shares, default=1) < 0.2:
         axis.set_xscale("log", base=2)
-        shown = [s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)]
-        axis.set_xticks(shown)
+        axis.set_xticks([0.01, 0.03, 0.1, 0.3, 1])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlim(min(shares) / 1.2, 1.1)
     percent(axis.xaxis)
     axis.set_xlabel("kept share of the KV cache")
+
+
+def plain_log(axis: Axis) -> None:
+    """A log scale that is labelled with plain numbers; axis is an x or y axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def load_axis(axis: Axes, values: Iterable[float]) -> None:

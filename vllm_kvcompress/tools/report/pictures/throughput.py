@@ -40,6 +40,10 @@ def knee(points: Points) -> tuple[float, Run] | None:
     return next((p for p in points if (p[1].preemptions or 0) > 0), None)
 
 
+def _line(points: Points) -> tuple[list[float], list[float]]:
+    return [load for load, _ in points], [run.throughput or 0.0 for _, run in points]
+
+
 def throughput(bench: Bench, look: Palette) -> Iterator[Picture]:
     """A line per arm, a panel per case; bars where one load was run."""
     runs = [run for run in bench.runs if run.throughput is not None]
@@ -59,25 +63,26 @@ def throughput(bench: Bench, look: Palette) -> Iterator[Picture]:
 def _curves(
     bench: Bench, curves: dict[str, tuple[str, dict[str, Points]]], look: Palette
 ) -> Picture:
-    methods = {run.arm: run.method or run.arm for run in bench.runs}
+    methods = bench.methods
     number = variants((methods[arm], arm) for arm in bench.arms)
-    figure, axes = panels(list(curves), columns=2)
+    figure, axes = panels(list(curves), min(2, len(curves)))
     for axis, (name, arms) in zip(axes, curves.values(), strict=True):
         for arm in (arm for arm in bench.arms if arm in arms):
             points = arms[arm]
             style = look.look(methods[arm], number[arm])
-            loads = [load for load, _ in points]
-            axis.plot(loads, [run.throughput for _, run in points], label=arm, **style)
+            axis.plot(*_line(points), label=arm, **style)
         knees = [found for points in arms.values() if (found := knee(points))]
         if knees:
-            axis.plot(
-                [load for load, _ in knees],
-                [run.throughput for _, run in knees],
-                **{"linestyle": "none", "marker": "o", "markersize": 14},
-                **{"fillstyle": "none", "color": "black"},
+            axis.scatter(
+                *_line(knees),
+                s=180,
+                facecolors="none",
+                edgecolors="black",
                 label="first preemption",
+                zorder=3,
             )
         load_axis(axis, [load for points in arms.values() for load, _ in points])
+        axis.margins(y=0.12)
         axis.set_ylim(bottom=0)
         axis.set_xlabel(name)
     axes[0].set_ylabel("tokens/s")
