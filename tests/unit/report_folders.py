@@ -50,11 +50,7 @@ def predictions(method: str, share: float) -> list[dict[str, Any]]:
         for length in LENGTHS:
             for depth in DEPTHS if task != "qa" else [None]:
                 for sample in range(2):
-                    place = (
-                        hash((TASKS.index(task), length, depth or 0.3, sample))
-                        % 100
-                        / 100
-                    )
+                    place = len(found) * 37 % 100 / 100
                     score = float(place < right)
                     near = {"agreement": right, "kl": 1 - right + 0.01, "tokens": 8}
                     found.append(
@@ -197,10 +193,24 @@ def runs() -> list[dict[str, Any]]:
 
 
 def write_bench(parent: Path, lines: list[dict[str, Any]] | None = None) -> Path:
-    """A folder of a benchmark."""
-    folder = parent / "serve-5e6f7a8b"
-    folder.mkdir(parents=True)
-    write(folder / "config.json", {"model": "org/model", "num_prompts": 64})
-    write(folder / "environment.json", ENVIRONMENT)
-    write_lines(folder / "runs.jsonl", runs() if lines is None else lines)
-    return folder
+    """A folder of a benchmark per prompt length."""
+    lengths: dict[int, list[dict[str, Any]]] = {}
+    for line in runs() if lines is None else lines:
+        lengths.setdefault(line["input_len"], []).append(line)
+    for length, own in lengths.items():
+        folder = parent / f"serve-random-{length}+128-5e6f7a8b"
+        folder.mkdir(parents=True)
+        traffic = {"dataset_name": "random", "random_input_len": length}
+        values = {
+            "schema": 1,
+            "kind": "serve",
+            "model": "org/model",
+            "engine": {"dtype": "bfloat16", "max_model_len": length + 144},
+            "traffic": traffic,
+            "num_prompts": 64,
+            "seed": 0,
+        }
+        write(folder / "config.json", values)
+        write(folder / "environment.json", ENVIRONMENT)
+        write_lines(folder / "runs.jsonl", own)
+    return parent

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -10,6 +11,7 @@ import pytest
 from tests.unit import report_folders as folders
 from vllm_kvcompress.tools.errors import ToolError
 from vllm_kvcompress.tools.main import main
+from vllm_kvcompress.tools.report.again import bench_commands, eval_commands
 from vllm_kvcompress.tools.report.compare import bench_comparisons, eval_comparisons
 from vllm_kvcompress.tools.report.read import read_results
 from vllm_kvcompress.tools.report.tables import fields_tables, ratio_table, verdict
@@ -121,7 +123,7 @@ def test_repeated_runs_are_their_medians(tmp_path):
     folders.write_bench(tmp_path, lines)
     results = read_results([tmp_path])
     three, one = results.benches[0].runs
-    assert (three.throughput, three.repeats) == (110.0, 3)
+    assert (three.output_throughput, three.repeats) == (110.0, 3)
     assert (one.failed, one.repeats) == (2, 1)
     assert any("2 requests failed" in note for note in results.notes)
 
@@ -146,8 +148,8 @@ def test_ratios_compare_the_same_load_and_say_which_way_is_better(home):
     found = {(own.arm, own.case): own.changes for own in runs}
     assert len(found) == 3 * 2 * 4
     busy = found["snapkv budget=512", "random, 4,096 in, 128 out, 64 at once"]
-    assert busy["throughput"].ratio == pytest.approx(6**0.8 / 1.1)
-    assert not busy["throughput"].lost
+    assert busy["output_throughput"].ratio == pytest.approx(6**0.8 / 1.1)
+    assert not busy["output_throughput"].lost
     assert busy["median_tpot_ms"].ratio == pytest.approx(1.1 * 6**0.2)
     assert busy["median_tpot_ms"].lost
     assert busy["preemptions"].gain == 40
@@ -161,6 +163,46 @@ def test_fields_that_all_share_are_shown_once():
     shared, own = fields_tables("t", {"a": {"x": 1, "y": 2}, "b": {"x": 1}}, "folder")
     assert [[cell.text for cell in row] for row in shared.rows] == [["x", "1"]]
     assert [[cell.text for cell in row] for row in own.rows] == [["a", "2"], ["b", "–"]]
+
+
+def test_folders_that_differ_in_traffic_alone_belong_together(home):
+    (bench,) = read_results([home]).benches
+    assert [own.runs[0].input_len for own in bench.folders] == [4096, 16384]
+    shutil.copytree(home / "bench", home / "again")
+    one, two = read_results([home]).benches
+    assert len(one.runs) == len(two.runs) == len(folders.runs())
+    for file in (home / "again").glob("*/environment.json"):
+        folders.write(file, {**folders.ENVIRONMENT, "cpu": "another"})
+    assert len(read_results([home]).benches) == 2
+
+
+def test_commands_are_those_that_made_the_results(home):
+    results = read_results([home])
+    (command,) = eval_commands(results)
+    words = shlex.split(command)
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    assert words[:2] == ["kvcompress", "eval"]
+    assert flags["--tasks"] == ",".join(folders.TASKS)
+    assert flags["--depths"] == "0,50,100"
+    assert set(flags["--methods"].split(",")) == {"snapkv", "knorm", "random"}
+    assert flags["--budgets"] == "128,512"
+    assert json.loads(flags["--engine"]) == {"block_size": 32}
+    assert "--config" not in flags
+    first, second = map(shlex.split, bench_commands(results))
+    assert first[:3] == ["kvcompress", "bench", "serve"]
+    assert first[first.index("--input-len") + 1] == "4096"
+    assert second[second.index("--input-len") + 1] == "16384"
+    assert first[first.index("--concurrencies") + 1] == "1,4,16,64"
+    assert first[first.index("--budgets") + 1] == "512"
+
+
+def test_settings_besides_the_budget_are_in_the_command(tmp_path):
+    folders.write_arm(tmp_path, "stock")
+    settings = {"method": "snapkv", "keep_ratio": 0.25, "window": 16}
+    size = {"budget": None, "keep_ratio": 0.25}
+    folders.write_arm(tmp_path, "snapkv", 1024, settings=settings, **size)
+    (command,) = eval_commands(read_results([tmp_path]))
+    assert command.endswith("""--keep-ratios 0.25 --config '{"window": 16}'""")
 
 
 class Text(HTMLParser):

@@ -1,5 +1,6 @@
 """What the report draws: the numbers that matplotlib is given."""
 
+import json
 from math import isnan
 
 import pytest
@@ -35,7 +36,7 @@ def pictures(results):
     return {picture.name: picture.figure for picture in drawn}
 
 
-def lines(axis):
+def lines_of(axis):
     """The x and y values of each labelled line."""
     return {
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
@@ -51,8 +52,8 @@ def by_label(group):
 def test_everything_is_drawn(pictures):
     assert list(pictures) == [
         "accuracy",
-        "needles-niah_multikey",
         "needles-niah_single",
+        "needles-niah_multikey",
         "fidelity",
         "pareto-kept",
         "pareto-throughput-1",
@@ -60,9 +61,7 @@ def test_everything_is_drawn(pictures):
         "throughput",
         "latency",
         "capacity",
-    ] or set(pictures) == {
-        "accuracy",
-    }
+    ]
 
 
 def test_accuracy_is_a_line_per_method_over_kept_share(results, pictures):
@@ -72,12 +71,12 @@ def test_accuracy_is_a_line_per_method_over_kept_share(results, pictures):
     shares = [128 / 4096, 512 / 4096, 2048 / 4096]
     for method in ("snapkv", "knorm", "random"):
         own = [arms[f"{method} budget={budget}"].metrics for budget in (128, 512, 2048)]
-        assert lines(whole)[method] == (shares, [m.accuracy for m in own])
+        assert lines_of(whole)[method] == (shares, [m.accuracy for m in own])
         for axis in tasks:
             values = [m.by_task[axis.get_title()].accuracy for m in own]
-            assert lines(axis)[method] == (shares, values)
+            assert lines_of(axis)[method] == (shares, values)
     assert {axis.get_title() for axis in tasks} == set(folders.TASKS)
-    assert set(lines(whole)["stock"][1]) == {arms["stock"].metrics.accuracy}
+    assert set(lines_of(whole)["stock"][1]) == {arms["stock"].metrics.accuracy}
     stock = next(line for line in whole.lines if line.get_label() == "stock")
     assert stock.get_linestyle() == "--"
 
@@ -102,9 +101,9 @@ def test_fidelity_is_agreement_and_kl(results, pictures):
     (group,) = results.groups
     agreement, kl = pictures["fidelity"].axes
     near = by_label(group)["snapkv budget=512"].metrics.fidelity
-    assert lines(agreement)["snapkv"][1][1] == near.agreement
-    assert lines(kl)["snapkv"][1][1] == near.kl
-    assert "stock" not in lines(agreement)
+    assert lines_of(agreement)["snapkv"][1][1] == near.agreement
+    assert lines_of(kl)["snapkv"][1][1] == near.kl
+    assert "stock" not in lines_of(agreement)
 
 
 def test_front_of_kept_share(results, pictures):
@@ -116,7 +115,7 @@ def test_front_of_kept_share(results, pictures):
         for x, y in points
         if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
     }
-    drawn = {(xs[0], ys[0]) for xs, ys in lines(axis).values()}
+    drawn = {(xs[0], ys[0]) for xs, ys in lines_of(axis).values()}
     assert drawn == on_front
     (beaten,) = axis.collections
     assert {tuple(point) for point in beaten.get_offsets()} == points - on_front
@@ -126,11 +125,14 @@ def test_throughput_is_a_line_per_arm_and_rings_the_knee(results, pictures):
     (bench,) = results.benches
     first, second = pictures["throughput"].axes
     own = [r for r in bench.runs if r.arm == "stock" and r.input_len == 4096]
-    assert lines(first)["stock"] == ([1, 4, 16, 64], [r.throughput for r in own])
+    assert lines_of(first)["stock"] == (
+        [1, 4, 16, 64],
+        [r.output_throughput for r in own],
+    )
     # 8 requests of 4096 tokens fit into stock's cache, 2 of 16384.
     for axis, at in ((first, 16), (second, 4)):
         (rings,) = axis.collections
-        loads, speeds = lines(axis)["stock"]
+        loads, speeds = lines_of(axis)["stock"]
         assert [at, speeds[loads.index(at)]] in rings.get_offsets().tolist()
         assert len(rings.get_offsets()) == len(folders.ARMS)
 
@@ -145,8 +147,8 @@ def test_latency_is_over_context_length(results, pictures):
     own = [r for r in bench.runs if r.arm == "stock" and r.max_concurrency == 1]
     ttft, tpot = axes[:2]
     lengths = [run.input_len for run in own]
-    assert lines(ttft)["stock"] == (lengths, [run.median_ttft_ms for run in own])
-    assert lines(tpot)["stock"] == (lengths, [run.median_tpot_ms for run in own])
+    assert lines_of(ttft)["stock"] == (lengths, [run.median_ttft_ms for run in own])
+    assert lines_of(tpot)["stock"] == (lengths, [run.median_tpot_ms for run in own])
     drawn = [list(line.get_ydata()) for line in ttft.lines]
     assert [run.p99_ttft_ms for run in own] in drawn
 
@@ -201,22 +203,63 @@ def test_knee_is_the_first_preemption(preemptions):
         assert sum(preemptions[:load]) == 0
 
 
-def test_what_was_not_measured_is_not_drawn(tmp_path):
+def drawn(home, runs):
+    """The pictures of these runs by name."""
+    folders.write_bench(home, runs)
+    results = read_results([home])
+    (bench,) = results.benches
+    return {p.name: p.figure for p in bench_pictures(bench, palette(results))}
+
+
+def test_what_was_run_once_is_a_bar(tmp_path):
     lines = [
-        folders.run("stock", None, kind="throughput", tokens_per_second=speed)
+        folders.run("stock", None, kind="throughput", output_throughput=speed)
         for speed in (100.0, 300.0, 200.0)
     ]
     for line in lines:
-        for key in ("median_ttft_ms", "running_peak", "output_throughput"):
+        for key in ("median_ttft_ms", "running_peak"):
             del line[key]
-    folders.write_bench(tmp_path, lines)
-    results = read_results([tmp_path])
-    (bench,) = results.benches
-    drawn = list(bench_pictures(bench, palette(results)))
-    (picture,) = drawn
-    (axis,) = picture.figure.axes
-    # One load alone makes bars; repeated runs are their median.
+    ((name, figure),) = drawn(tmp_path, lines).items()
+    assert name == "throughput-bars"
+    (axis,) = figure.axes
+    # Repeated runs are their median.
     assert [bar.get_width() for bar in axis.patches] == [200.0]
+
+
+def test_rates_and_concurrencies_are_panels_of_their_own(tmp_path):
+    loads = [(1, "inf"), (4, "inf"), (None, 2.0), (None, 8.0), (None, "inf")]
+    lines = [
+        folders.run(
+            "stock",
+            None,
+            max_concurrency=at_once,
+            request_rate=rate,
+            output_throughput=float(number),
+        )
+        for number, (at_once, rate) in enumerate(loads)
+    ]
+    figures = drawn(tmp_path, lines)
+    at_once, rates = figures["throughput"].axes
+    assert lines_of(at_once) == {"stock": ([1, 4], [0.0, 1.0])}
+    # All requests at once stand right of the highest rate.
+    assert lines_of(rates) == {"stock": ([2, 8, 16], [2.0, 3.0, 4.0])}
+    assert [t.get_text() for t in rates.get_xticklabels()] == ["2", "8", "all"]
+    assert len(figures["latency"].axes) == 4
+
+
+def test_without_kept_shares_accuracy_is_over_the_budget(tmp_path):
+    folders.write_group(tmp_path, budgets=(128, 512))
+    for file in tmp_path.glob("*/metrics.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "kv": None}))
+    results = read_results([tmp_path])
+    (group,) = results.groups
+    pictures = {
+        p.name: p.figure for p in eval_pictures(group, results, palette(results))
+    }
+    axis = pictures["accuracy"].axes[0]
+    assert lines_of(axis)["snapkv"][0] == [128, 512]
+    assert "budget" in axis.get_xlabel()
+    assert "pareto-kept" not in pictures
 
 
 def test_unasked_cells_stay_empty(tmp_path):

@@ -6,6 +6,7 @@ The page is one file that needs no network; the pictures can be written beside i
 import argparse
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     contents = {
         args.out: page(
-            args.title, results, evals, benches, list(_command(args))
+            args.title, results, evals, benches, shlex.join(_command(args))
         ).encode()
     }
     if args.pictures:

@@ -8,7 +8,7 @@ from .records import STOCK, Bench, Group, Run
 
 ACCURACY, KEPT = "accuracy", "kept share"
 HIGHER_IS_BETTER = {
-    "throughput": True,
+    "output_throughput": True,
     "median_ttft_ms": False,
     "p99_ttft_ms": False,
     "median_tpot_ms": False,

@@ -1,13 +1,13 @@
 """The page: one HTML file that fetches nothing."""
 
 import io
-import shlex
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from .again import bench_commands, eval_commands
 from .compare import Comparison, bench_comparisons, eval_comparisons
 from .records import Bench, Group, Results
 from .tables import (
@@ -89,19 +89,10 @@ def setting_tables(results: Results) -> list[Table]:
             environments[arm.folder] = arm.environment
         tables += fields_tables(f"Configuration of {group.title}", configs, "folder")
     for bench in results.benches:
-        environments[bench.folder] = bench.environment
-        title = f"Configuration of {bench.folder}"
-        tables += fields_tables(title, {bench.folder: bench.config}, "folder")
+        configs = {own.folder: own.config for own in bench.folders}
+        environments |= {own.folder: own.environment for own in bench.folders}
+        tables += fields_tables(f"Configuration of {bench.title}", configs, "folder")
     return [*tables, *fields_tables("Environment", environments, "folder")]
-
-
-def commands(results: Results, own: Sequence[str]) -> list[str]:
-    """The commands that the folders name, and the one that made the page."""
-    configs = [arm.config.model_extra or {} for g in results.groups for arm in g.arms]
-    configs += [bench.config for bench in results.benches]
-    found = [config["command"] for config in configs if config.get("command")]
-    texts = [text if isinstance(text, str) else shlex.join(text) for text in found]
-    return [*dict.fromkeys(texts), shlex.join(own)]
 
 
 def page(
@@ -109,7 +100,7 @@ def page(
     results: Results,
     evals: Sequence[Section],
     benches: Sequence[Section],
-    command: Sequence[str],
+    command: str,
 ) -> str:
     """Fill in the template; all text is escaped."""
     from jinja2 import Environment, StrictUndefined
@@ -126,7 +117,7 @@ def page(
         evals=evals,
         benches=benches,
         settings=setting_tables(results),
-        commands=commands(results, command),
+        commands=[*eval_commands(results), *bench_commands(results), command],
     )
 
 

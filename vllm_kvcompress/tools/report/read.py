@@ -13,6 +13,7 @@ from .records import (
     STOCK,
     Arm,
     Bench,
+    BenchFolder,
     EvalConfig,
     Group,
     Metrics,
@@ -38,11 +39,13 @@ def read_results(folders: Sequence[Path]) -> Results:
     """
     results = Results()
     arms: list[Arm] = []
+    benches: list[BenchFolder] = []
     for folder in dict.fromkeys(_find(folders)):
         if (folder / RUNS).exists():
-            results.benches += _read_bench(folder, results.notes)
+            benches += _read_bench(folder, results.notes)
         else:
             arms += _read_arm(folder, results.notes)
+    results.benches = _joined(benches)
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(arm.config.group, []).append(arm)
@@ -70,10 +73,25 @@ def _find(folders: Sequence[Path]) -> Iterator[Path]:
                 yield file.parent
 
 
+def _joined(benches: Sequence[BenchFolder]) -> list[Bench]:
+    """Folders that differ in their traffic alone belong together."""
+    found: dict[tuple, list[list[BenchFolder]]] = {}
+    for bench in sorted(benches, key=lambda own: own.runs[0].input_len or 0):
+        together = found.setdefault(bench.setting, [])
+        for own in together:
+            if all(bench.cases.isdisjoint(other.cases) for other in own):
+                own.append(bench)
+                break
+        else:
+            together.append([bench])
+    return [Bench(own) for together in found.values() for own in together]
+
+
 def _read_arm(folder: Path, notes: list[str]) -> Iterator[Arm]:
     config = _checked(EvalConfig, _config(folder), str(folder / CONFIG))
     predictions = _lines(folder / PREDICTIONS, Prediction, notes)
     metrics = _metrics(folder / METRICS, notes)
+    by_depth = config.depths is not None
     if metrics is None and not predictions:
         notes.append(f"{folder} holds no results yet; left out")
         return
@@ -82,13 +100,13 @@ def _read_arm(folder: Path, notes: list[str]) -> Iterator[Arm]:
             f"{folder}: no {METRICS}, made again from {len(predictions)} predictions; "
             "the kept share is not known"
         )
-        metrics = rebuilt(predictions, None)
+        metrics = rebuilt(predictions, None, by_depth)
     elif predictions and len(predictions) != metrics.samples:
         notes.append(
             f"{folder}: {METRICS} is of {metrics.samples} samples, {PREDICTIONS} holds "
             f"{len(predictions)}, which count"
         )
-        metrics = rebuilt(predictions, metrics)
+        metrics = rebuilt(predictions, metrics, by_depth)
     elif not metrics.complete:
         notes.append(f"{folder} is not complete: {metrics.samples} samples so far")
     environment = _environment(folder, notes)
@@ -103,10 +121,12 @@ def _metrics(file: Path, notes: list[str]) -> Metrics | None:
     except json.JSONDecodeError:
         notes.append(f"{file} is half-written and not used")
         return None
+    if isinstance(values, dict) and values.get("samples") == 0:
+        return None  # the arm has begun, and answered nothing yet
     return _checked(Metrics, values, str(file))
 
 
-def _read_bench(folder: Path, notes: list[str]) -> Iterator[Bench]:
+def _read_bench(folder: Path, notes: list[str]) -> Iterator[BenchFolder]:
     config = _config(folder)
     runs = _lines(folder / RUNS, Run, notes)
     if not runs:
@@ -121,7 +141,7 @@ def _read_bench(folder: Path, notes: list[str]) -> Iterator[Bench]:
     for run in runs:
         merged.setdefault((run.arm, run.case, run.load), []).append(run)
     medians = [_median(same) for same in merged.values()]
-    yield Bench(str(folder), config, medians, _environment(folder, notes))
+    yield BenchFolder(str(folder), config, medians, _environment(folder, notes))
 
 
 def _median(runs: Sequence[Run]) -> Run:

@@ -87,6 +87,7 @@ class EvalConfig(_Record):
     settings: dict[str, Any] | None = None
     budget: int | None = None
     keep_ratio: float | None = None
+    depths: list[float] | None = None
     question: Literal["inside", "outside"] = "inside"
     group: str
 
@@ -104,7 +105,6 @@ class Run(_Record):
     max_concurrency: int | None = None
     request_rate: float | None = None
     output_throughput: float | None = None
-    tokens_per_second: float | None = None
     median_ttft_ms: float | None = None
     p99_ttft_ms: float | None = None
     median_tpot_ms: float | None = None
@@ -113,13 +113,16 @@ class Run(_Record):
     kv_usage_peak: float | None = None
     preemptions: float | None = None
     failed: int = 0
+    logical_tokens: float | None = None
+    retained_tokens: float | None = None
     repeats: int = 1
 
     @property
-    def throughput(self) -> float | None:
-        """Tokens per second: of the output if served, else of prompts too."""
-        served = self.kind == "serve"
-        return self.output_throughput if served else self.tokens_per_second
+    def kept_share(self) -> float | None:
+        """Tokens held after compression over those before, if there was any."""
+        if not self.logical_tokens or self.retained_tokens is None:
+            return None
+        return self.retained_tokens / self.logical_tokens
 
     @property
     def case(self) -> tuple:
@@ -187,7 +190,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchFolder:
     """One result folder of `kvcompress bench`; repeated runs are their medians."""
 
     folder: str
@@ -196,21 +199,51 @@ class Bench:
     environment: dict[str, Any]
 
     @property
-    def model(self) -> str | None:
-        """The model that was served."""
-        return self.config.get("model") or self.runs[0].model_id
+    def model(self) -> str:
+        """The model that was run."""
+        return self.config.get("model") or self.runs[0].model_id or "a model"
+
+    @property
+    def cases(self) -> set[tuple]:
+        """All traffic that was sent."""
+        return {run.case for run in self.runs}
+
+    @property
+    def setting(self) -> tuple:
+        """What must be the same for runs to be shown in one picture."""
+        engine = {**(self.config.get("engine") or {}), "max_model_len": None}
+        machine = [self.environment.get(key) for key in ("vllm", "cpu", "accelerator")]
+        return (self.model, str(sorted(engine.items())), *machine)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Result folders of the same model and machine, of which each has its traffic."""
+
+    folders: Sequence[BenchFolder]
+
+    @property
+    def model(self) -> str:
+        """The model that was run."""
+        return self.folders[0].model
 
     @property
     def title(self) -> str:
-        """The model, and the folder."""
-        return f"{self.model}: {self.folder}" if self.model else self.folder
+        """The model, and where its results are."""
+        first, *others = self.folders
+        more = f" and {len(others)} more" if others else ""
+        return f"{self.model}: {first.folder}{more}"
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for own in self.folders for run in own.runs]
 
     @property
     def arms(self) -> list[str]:
         """All arms, those of stock first."""
-        found = dict.fromkeys(run.arm for run in self.runs)
         methods = self.methods
-        return sorted(found, key=lambda a: (a != STOCK, a != methods[a], methods[a]))
+        return sorted(methods, key=lambda a: (a != STOCK, a != methods[a], methods[a]))
 
     @property
     def methods(self) -> dict[str, str]:
@@ -227,12 +260,15 @@ class Results:
     notes: list[str] = field(default_factory=list)
 
 
-def rebuilt(predictions: Sequence[Prediction], old: Metrics | None) -> Metrics:
+def rebuilt(
+    predictions: Sequence[Prediction], old: Metrics | None, by_depth: bool
+) -> Metrics:
     """Metrics of these predictions; only counters are taken from the old ones."""
     cells: dict[tuple, list[float]] = {}
     tasks: dict[str, list[float]] = {}
     for line in predictions:
-        cells.setdefault((line.task, line.length, line.depth), []).append(line.score)
+        depth = line.depth if by_depth else None
+        cells.setdefault((line.task, line.length, depth), []).append(line.score)
         tasks.setdefault(line.task, []).append(line.score)
     return Metrics(
         complete=False,

@@ -10,7 +10,7 @@ from .records import STOCK, Bench, Group, Prediction
 
 EXAMPLES = 3  # wrong answers shown of each arm
 TITLES = {
-    "throughput": "tokens/s",
+    "output_throughput": "output tokens/s",
     "median_ttft_ms": "TTFT median",
     "p99_ttft_ms": "TTFT p99",
     "median_tpot_ms": "TPOT median",
@@ -137,21 +137,22 @@ def run_table(bench: Bench) -> Table:
                 run.arm,
                 Cell(case_title(run), "text"),
                 Cell(load_title(run), "text"),
-                _form("{:,.1f}", run.throughput),
+                _form("{:,.1f}", run.output_throughput),
                 *(_form("{:,.1f}", getattr(run, key)) for key in latencies),
                 _form("{:g}", run.running_peak),
                 _form("{:.0%}", run.kv_usage_peak),
                 _form("{:g}", run.preemptions),
+                _form("{:.1%}", run.kept_share),
                 Cell(str(run.failed), "lost" if run.failed else ""),
                 run.repeats,
             ]
         )
         for run in bench.runs
     ]
-    heads = ["arm", "case", "load", TITLES["throughput"]]
+    heads = ["arm", "case", "load", TITLES["output_throughput"]]
     heads += [f"{TITLES[key]}, ms" for key in latencies]
     heads += [TITLES["running_peak"], "KV cache used", TITLES["preemptions"]]
-    return Table("Runs", [*heads, "failed", "runs"], rows)
+    return Table("Runs", [*heads, "kept share", "failed", "runs"], rows)
 
 
 def example_table(group: Group) -> Table | None:

@@ -7,9 +7,12 @@ from .style import (
     GREY,
     Palette,
     Picture,
+    budget,
+    budget_axis,
     kept_axis,
-    kept_series,
+    kept_share,
     legend,
+    lines_of,
     panels,
     percent,
     variants,
@@ -24,7 +27,11 @@ def _accuracy(arm: Arm, task: str) -> float | None:
 
 def accuracy(group: Group, look: Palette) -> Iterator[Picture]:
     """A line per method, stock dashed, chance a grey floor."""
-    lines = kept_series(group.arms)
+    size, draw_axis, words = kept_share, kept_axis, "share of the KV cache that is kept"
+    if not (lines := lines_of(group.arms)):
+        # lm-evaluation-harness tells no counters.
+        size, draw_axis, words = budget, budget_axis, "budget"
+        lines = lines_of(group.arms, size)
     if not lines:
         return
     tasks = [ALL, *(group.tasks if len(group.tasks) > 1 else [])]
@@ -35,7 +42,7 @@ def accuracy(group: Group, look: Palette) -> Iterator[Picture]:
         if stock is not None:
             axis.axhline(stock, color="black", linestyle="--", label="stock")
         for name, arms in lines.items():
-            points = [(arm.kept_share, _accuracy(arm, task)) for arm in arms]
+            points = [(size(arm), _accuracy(arm, task)) for arm in arms]
             shown = [point for point in points if point[1] is not None]
             if not shown:
                 continue
@@ -44,7 +51,7 @@ def accuracy(group: Group, look: Palette) -> Iterator[Picture]:
                 axis.fill_between(shares, values, color=GREY, alpha=0.25)
             style = look.look(arms[0].method, number[name])
             axis.plot(shares, values, label=name, **style)
-        kept_axis(axis, [a.kept_share or 1 for arms in lines.values() for a in arms])
+        draw_axis(axis, [size(arm) or 1 for arms in lines.values() for arm in arms])
         percent(axis.yaxis)
         axis.set_ylim(-0.03, 1.05)
     axes[0].set_ylabel("accuracy")
@@ -52,8 +59,8 @@ def accuracy(group: Group, look: Palette) -> Iterator[Picture]:
     yield Picture(
         "accuracy",
         "Accuracy over compression",
-        "Accuracy over the share of the KV cache that is kept, a line per method; "
-        "further left is less memory. Stock is dashed, the grey area is what chance "
-        "keeps right.",
+        f"Accuracy over the {words}, a line per method; "
+        "further left is less memory. Stock is dashed, the grey area is what keeping "
+        "random tokens reaches.",
         figure,
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..records import Bench
 from .style import PANEL, Palette, Picture
-from .throughput import by_case
+from .sweeps import by_case
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,17 +7,18 @@ from .style import (
     Palette,
     Picture,
     kept_axis,
-    kept_series,
+    lines_of,
     legend,
     panels,
     percent,
+    plain_symlog,
     variants,
 )
 
 
 def fidelity(group: Group, look: Palette) -> Iterator[Picture]:
     """Agreement and KL divergence, a line per method."""
-    lines = kept_series(arm for arm in group.arms if arm.metrics.fidelity)
+    lines = lines_of(arm for arm in group.arms if arm.metrics.fidelity)
     if not lines:
         return
     number = variants((arms[0].method, name) for name, arms in lines.items())
@@ -33,7 +34,7 @@ def fidelity(group: Group, look: Palette) -> Iterator[Picture]:
     percent(axes[0].yaxis)
     axes[0].set_ylim(-0.03, 1.05)
     axes[1].set_ylabel("nats per token")
-    axes[1].set_ylim(bottom=0)
+    plain_symlog(axes[1])
     legend(figure)
     yield Picture(
         "fidelity",

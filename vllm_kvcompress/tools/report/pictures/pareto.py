@@ -61,19 +61,19 @@ def throughput_fronts(group: Group, bench: Bench, look: Palette) -> Iterator[Pic
     for number, (case, title) in enumerate(cases.items()):
         best: dict[str, float] = {}
         for run in bench.runs:
-            if run.case == case and run.throughput is not None:
-                best[run.arm] = max(best.get(run.arm, 0.0), run.throughput)
+            if run.case == case and run.output_throughput is not None:
+                best[run.arm] = max(best.get(run.arm, 0.0), run.output_throughput)
         arms = [arm for arm in group.arms if arm.label in best]
         if len(arms) < 2:
             continue
         speeds = [best[arm.label] for arm in arms]
         figure, axis = _draw(arms, speeds, False, title, look)
         axis.set_xlim(left=0)
-        axis.set_xlabel("highest throughput, tokens/s")
+        axis.set_xlabel("highest throughput, output tokens/s")
         yield Picture(
             f"pareto-throughput-{number + 1}",
             f"Pareto front: accuracy over throughput, {title}",
             "Up and right is better. Grey arms are beaten: another is no slower and "
-            f"answers no worse, and is better in one of the two. Runs: {bench.folder}.",
+            "answers no worse, and is better in one of the two.",
             figure,
         )

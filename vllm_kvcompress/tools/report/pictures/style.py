@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,26 @@ def series(arm: Arm) -> str:
     return " ".join(word for word in words if word.partition("=")[0] not in SIZE_KEYS)
 
 
-def kept_series(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
-    """Arms by line, each by kept share; stock and what was not measured left out."""
+def kept_share(arm: Arm) -> float | None:
+    """How much an arm keeps, as it was measured."""
+    return arm.kept_share
+
+
+def budget(arm: Arm) -> float | None:
+    """How much an arm keeps, as it was asked to."""
+    return arm.config.budget
+
+
+def lines_of(
+    arms: Iterable[Arm], size: Callable[[Arm], float | None] = kept_share
+) -> dict[str, list[Arm]]:
+    """Arms by line, smallest first; stock and arms of unknown size are left out."""
     found: dict[str, list[Arm]] = {}
     for arm in arms:
-        if arm.method != STOCK and arm.kept_share is not None:
+        if arm.method != STOCK and size(arm) is not None:
             found.setdefault(series(arm), []).append(arm)
     for line in found.values():
-        line.sort(key=lambda arm: arm.kept_share or 0)
+        line.sort(key=lambda arm: size(arm) or 0)
     return dict(sorted(found.items()))
 
 
@@ -160,11 +172,22 @@ def plain_log(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def load_axis(axis: Axes, values: Iterable[float]) -> None:
-    """A log axis with ticks at the values that were run."""
+def budget_axis(axis: Axes, budgets: Iterable[float]) -> None:
+    """The x axis of budgets, where kept shares are not known."""
+    from matplotlib.ticker import NullLocator
+
+    shown = sorted(set(budgets))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(shown, [f"{value:,g}" for value in shown])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("budget, tokens per KV head")
+
+
+def plain_symlog(axis: Axes) -> None:
+    """A y axis from 0, logarithmic above 0.01."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(set(values)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
