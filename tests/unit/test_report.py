@@ -199,8 +199,10 @@ def test_commands_are_those_that_made_the_results(home):
 def test_settings_besides_the_budget_are_in_the_command(tmp_path):
     folders.write_arm(tmp_path, "stock")
     settings = {"method": "snapkv", "keep_ratio": 0.25, "window": 16}
-    size = {"budget": None, "keep_ratio": 0.25}
-    folders.write_arm(tmp_path, "snapkv", 1024, settings=settings, **size)
+    folder = folders.write_arm(tmp_path, "snapkv", 1024)
+    size = {"settings": settings, "budget": None, "keep_ratio": 0.25}
+    config = {**folders.config("snapkv", 1024), **size}
+    folders.write(folder / "config.json", config)
     (command,) = eval_commands(read_results([tmp_path]))
     assert command.endswith("""--keep-ratios 0.25 --config '{"window": 16}'""")
 

@@ -150,15 +150,15 @@ def percent(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
-def kept_axis(axis: Axes, shares: Iterable[float]) -> None:
+def kept_axis(axis: Axes, sizes: Iterable[float]) -> None:
     """The x axis of kept shares; small ones are spread."""
     from matplotlib.ticker import NullLocator
 
-    if min(shares, default=1) < 0.2:
+    if min(sizes, default=1) < 0.2:
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.01, 0.03, 0.1, 0.3, 1])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlim(min(shares) / 1.2, 1.1)
+        axis.set_xlim(min(sizes) / 1.2, 1.1)
     percent(axis.xaxis)
     axis.set_xlabel("kept share of the KV cache")
 
@@ -172,11 +172,11 @@ def plain_log(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def budget_axis(axis: Axes, budgets: Iterable[float]) -> None:
+def budget_axis(axis: Axes, sizes: Iterable[float]) -> None:
     """The x axis of budgets, where kept shares are not known."""
     from matplotlib.ticker import NullLocator
 
-    shown = sorted(set(budgets))
+    shown = sorted(set(sizes))
     axis.set_xscale("log", base=2)
     axis.set_xticks(shown, [f"{value:,g}" for value in shown])
     axis.xaxis.set_minor_locator(NullLocator())
