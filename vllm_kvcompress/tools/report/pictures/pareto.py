@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from ..compare import case_title, pareto_front
-from ..records import Arm, Bench, Group
+from ..records import STOCK, Arm, Bench, Group
 from .style import GREY, Palette, Picture, kept_axis, legend, panels, percent
 
 
@@ -17,10 +17,13 @@ def _draw(
     front = pareto_front([(sign * x, y) for x, y in points])
     figure, (axis,) = panels([title])
     figure.set_size_inches(6.4, 4.6)
-    beaten = [point for i, point in enumerate(points) if i not in front]
-    if beaten:
-        xs, ys = zip(*beaten, strict=True)
+    beaten = [i for i in range(len(points)) if i not in front]
+    if grey := [points[i] for i in beaten if arms[i].method != STOCK]:
+        xs, ys = zip(*grey, strict=True)
         axis.scatter(xs, ys, color=GREY, s=28, label="beaten")
+    for i in beaten:
+        if arms[i].method == STOCK:
+            axis.plot(*points[i], label="stock, beaten", **look.look(STOCK))
     steps = "steps-post" if less else "steps-pre"
     xs, ys = zip(*sorted(points[i] for i in front), strict=True)
     axis.plot(xs, ys, color=GREY, linewidth=1, drawstyle=steps, zorder=1)

@@ -158,7 +158,7 @@ def kept_axis(axis: Axes, sizes: Iterable[float]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.01, 0.03, 0.1, 0.3, 1])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlim(min(sizes) / 1.2, 1.1)
+        axis.set_xlim(min(sizes) / 1.3, 1.15)
     percent(axis.xaxis)
     axis.set_xlabel("kept share of the KV cache")
 
@@ -183,11 +183,11 @@ def budget_axis(axis: Axes, sizes: Iterable[float]) -> None:
     axis.set_xlabel("budget, tokens per KV head")
 
 
-def plain_symlog(axis: Axes) -> None:
+def plain_symlog(axis: Axes, top: float) -> None:
     """A y axis from 0, logarithmic above 0.01."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     axis.set_yscale("symlog", linthresh=0.01)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(-0.003, 2 * max(top, 0.01))  # room for markers
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
