@@ -34,7 +34,7 @@ def fidelity(group: Group, look: Palette) -> Iterator[Picture]:
     percent(axes[0].yaxis)
     axes[0].set_ylim(-0.03, 1.05)
     axes[1].set_ylabel("nats per token")
-    plain_symlog(axes[1], max(max(line.get_ydata()) for line in axes[1].lines))
+    plain_symlog(axes[1], axes[1].dataLim.y1)
     legend(figure)
     yield Picture(
         "fidelity",
