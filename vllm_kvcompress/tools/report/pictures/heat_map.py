@@ -7,6 +7,7 @@ from ..records import Arm, Group
 from .style import Picture, panels
 
 MAP = "cividis"  # reads alike with any colour vision, and in grey
+FEW = 1000  # cells of all panels, into which numbers are written
 
 
 def grid(
@@ -40,16 +41,16 @@ def _heat_map(
         values = grid(arm, task, lengths, depths)
         image = axis.imshow(values, vmin=0, vmax=1, cmap=MAP, aspect="auto")
         axis.grid(False)
-        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-        axis.tick_params(axis="x", labelrotation=45 if len(lengths) > 4 else 0)
+        axis.set_xticks(range(len(lengths)), list(map(_tokens, lengths)))
+        axis.tick_params(axis="x", labelrotation=45 if len(lengths) > 8 else 0)
         axis.set_xlabel("tokens")
         axis.set_yticks(range(len(depths)), [""] * len(depths))
         if number % columns == 0:
             axis.set_yticklabels([f"{100 * depth:.0f} %" for depth in depths])
             axis.set_ylabel("depth of the needle")
-        if len(lengths) <= 8:
+        if len(group.arms) * len(lengths) * len(depths) <= FEW:
             _write(axis, values)
-    bar = figure.colorbar(image, ax=axes, aspect=40, label="accuracy")
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.5, label="accuracy")
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     return Picture(
         f"needles-{task}",
@@ -58,6 +59,10 @@ def _heat_map(
         "the start (0 %) to the end (100 %); a panel per arm, all on the same scale.",
         figure,
     )
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,}" if count % 1024 else f"{count // 1024}k"
 
 
 def _write(axis, values: list[list[float]]) -> None:
