@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ToolError
+from .rebuild import rebuilt
 from .records import (
     STOCK,
     Arm,
@@ -20,7 +21,6 @@ from .records import (
     Prediction,
     Results,
     Run,
-    rebuilt,
 )
 
 SCHEMA = 1

@@ -50,7 +50,7 @@ def _heat_map(
             axis.set_ylabel("depth of the needle")
         if len(group.arms) * len(lengths) * len(depths) <= FEW:
             _write(axis, values)
-    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.5, label="accuracy")
+    bar = figure.colorbar(image, ax=axes, location="top", aspect=40, label="accuracy")
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     return Picture(
         f"needles-{task}",

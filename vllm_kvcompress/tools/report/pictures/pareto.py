@@ -1,16 +1,25 @@
 """Pareto fronts: accuracy against what it costs."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..compare import case_title, pareto_front
 from ..records import STOCK, Arm, Bench, Group
 from .style import GREY, Palette, Picture, kept_axis, legend, panels, percent
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def _draw(
     arms: Sequence[Arm], costs: Sequence[float], less: bool, title: str, look: Palette
-):
+) -> "tuple[Figure, Axes]":
     """Points of cost and accuracy; the front in colour, joined and numbered."""
+
+    def dot(method: str) -> dict[str, Any]:
+        return {**look.look(method), "linestyle": "none", "markersize": 7}
+
     sign = -1 if less else 1
     accuracies = [arm.metrics.accuracy for arm in arms]
     points = list(zip(costs, accuracies, strict=True))
@@ -23,12 +32,12 @@ def _draw(
         axis.scatter(xs, ys, color=GREY, s=28, label="beaten")
     for i in beaten:
         if arms[i].method == STOCK:
-            axis.plot(*points[i], label="stock, beaten", **look.look(STOCK))
+            axis.plot(*points[i], label="stock, beaten", **dot(STOCK))
     steps = "steps-post" if less else "steps-pre"
     xs, ys = zip(*sorted(points[i] for i in front), strict=True)
     axis.plot(xs, ys, color=GREY, linewidth=1, drawstyle=steps, zorder=1)
     for number, i in enumerate(sorted(front, key=points.__getitem__), 1):
-        style = {**look.look(arms[i].method), "linestyle": "none", "markersize": 7}
+        style = dot(arms[i].method)
         axis.plot(*points[i], label=f"{number} {arms[i].label}", zorder=3, **style)
         axis.annotate(
             str(number), points[i], (-5, 6), textcoords="offset points", ha="right"
