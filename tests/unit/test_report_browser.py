@@ -80,6 +80,10 @@ def test_tables_are_the_data(home, tab):
         shares = [metrics["accuracy"], *tasks]
         expected[label] = [f"{share:.1%}" for share in shares]
     assert {row[0]: row[1:5] for row in tables["Answers"]} == expected
+    (stock,) = home.glob("eval/needle-stock-*/metrics.json")
+    cells = [f"{c['accuracy']:.1%}" for c in json.loads(stock.read_text())["cells"]]
+    shown = [row for row in tables["Accuracy by depth and length"] if row[0] == "stock"]
+    assert sorted(c for row in shown for c in row[3:]) == sorted(cells)
     runs = [
         [f"{run['output_throughput']:,.1f}", f"{run['median_ttft_ms']:,.1f}"]
         for run in folders.runs()

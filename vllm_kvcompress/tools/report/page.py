@@ -12,6 +12,7 @@ from .compare import Comparison, bench_comparisons, eval_comparisons
 from .records import Bench, Group, Results
 from .tables import (
     Table,
+    cell_table,
     eval_table,
     example_table,
     fields_tables,
@@ -58,7 +59,8 @@ def file_of(figure: "Figure", format: str) -> bytes:
 def eval_section(group: Group, pictures: Sequence["Picture"]) -> Section:
     """A group of arms that answered the same questions."""
     section = _section(group.title, list(eval_comparisons(group)), pictures)
-    section.tables = [eval_table(group), *filter(None, [example_table(group)])]
+    more = [cell_table(group), example_table(group)]
+    section.tables = [eval_table(group), *filter(None, more)]
     return section
 
 

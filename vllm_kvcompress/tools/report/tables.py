@@ -128,6 +128,27 @@ def eval_table(group: Group) -> Table:
     return Table("Answers", [*heads, "seconds"], rows)
 
 
+def cell_table(group: Group) -> Table | None:
+    """What the heat maps show: a row per arm, task and depth, a column per length."""
+    rows: dict[tuple, dict[int, str]] = {}
+    for arm in group.arms:
+        for cell in arm.metrics.cells:
+            depth = "any" if cell.depth is None else f"{cell.depth:.0%}"
+            own = rows.setdefault((arm.label, cell.task, depth), {})
+            own[cell.length] = f"{cell.accuracy:.1%}"
+    if not rows:
+        return None
+    lengths = sorted({length for own in rows.values() for length in own})
+    heads = ["arm", "task", "depth", *(f"{length:,} tokens" for length in lengths)]
+    cells = [
+        _row(
+            [label, Cell(task, "text"), depth, *(own.get(length) for length in lengths)]
+        )
+        for (label, task, depth), own in rows.items()
+    ]
+    return Table("Accuracy by depth and length", heads, cells)
+
+
 def run_table(bench: Bench) -> Table:
     """All runs; repeated ones are their medians."""
     latencies = [key for key in TITLES if key.endswith("_ms")]
