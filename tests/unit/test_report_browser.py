@@ -86,7 +86,7 @@ def test_tables_are_the_data(home, tab):
     assert sorted(c for row in shown for c in row[3:]) == sorted(cells)
     runs = [
         [f"{run['output_throughput']:,.1f}", f"{run['median_ttft_ms']:,.1f}"]
-        for run in folders.runs()
+        for run in sorted(folders.runs(), key=lambda run: run["input_len"])
     ]
     assert [row[3:5] for row in tables["Runs"]] == runs
     ratios = next(rows for title, rows in tables.items() if title.startswith("Ratios"))
