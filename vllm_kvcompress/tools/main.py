@@ -14,9 +14,10 @@ COMMANDS = {
     "sweep": "Accuracy over budget of all methods on the bundled model.",
     "plan": "What a model's KV cache takes, and what each method makes of it.",
     "top": "What a running server does: requests, KV cache, compression, live.",
+    "report": "Results of eval and bench as one page with pictures.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
-PACKAGES = ("bench", "plan", "sweep", "top")
+PACKAGES = ("bench", "plan", "report", "sweep", "top")
 """Commands of several modules, of which `command` is the first."""
 
 

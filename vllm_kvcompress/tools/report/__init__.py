@@ -1,0 +1,1 @@
+"""`kvcompress report`: results of `eval` and `bench` as one page with pictures."""
