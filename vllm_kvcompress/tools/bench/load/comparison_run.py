@@ -1,0 +1,222 @@
+"""A comparison from flags to its end: what serving and throughput have in common."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...arguments import budget_list, gibibytes, json_object, method_list
+from ...bench_model import OWN_SHAPES
+from ...errors import ToolError
+from .arms import FP8, STOCK, Arm, plan_arms
+from .folder import Record, ResultFolder
+from .points import Point
+from .server import StartError
+from .traffic import TRACE, Traffic, add_traffic_arguments, traffic
+from .vllm_command import find_vllm
+
+if TYPE_CHECKING:
+    from ...bench_model import BenchModel
+
+OUT = Path("build/bench")
+OWN_SPACE = 2**30
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, datasets: tuple[str, ...]
+) -> None:
+    """Declare the flags that both commands take."""
+    add = parser.add_argument
+    own = ", ".join(OWN_SHAPES)
+    add(
+        "--model",
+        default="small",
+        help="a checkpoint, or a random-weight Llama of ours, which needs no network: "
+        f"{own} (default %(default)s)",
+    )
+    add("--methods", default="snapkv", help="such as snapkv,keydiff (default snapkv)")
+    add(
+        "--budgets",
+        type=budget_list,
+        default=[],
+        help="an arm per method and budget, such as 512,1024 (default 1024)",
+    )
+    add("--config", default="{}", help="more settings of all methods, as JSON")
+    add("--no-fp8", action="store_true", help="leave out stock with an fp8 KV cache")
+    add(
+        "--kv-space",
+        type=gibibytes,
+        metavar="GiB",
+        help="for the KV cache of every arm (default: vLLM's choice; 1 for our models)",
+    )
+    add("--max-model-len", type=int, help="default: the longest request, if known")
+    add(
+        "--engine",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="keywords of LLM for all arms, such as '{\"block_size\": 32}'",
+    )
+    add(
+        "--bench",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="more flags of vLLM's benchmark, such as '{\"burstiness\": 0.5}'",
+    )
+    add_traffic_arguments(parser, datasets)
+    add("--out", type=Path, default=OUT, help="folder of results (default %(default)s)")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What runs, and where its results go.
+
+    Attributes:
+        args: The flags.
+        model: What all arms run.
+        arms: Stock first.
+        points: The loads of each arm.
+        traffic: The requests of each run.
+        engine: Keywords of LLM for all arms.
+        folder: The results.
+    """
+
+    args: argparse.Namespace
+    model: "BenchModel"
+    arms: list[Arm]
+    points: Sequence[Point]
+    traffic: Traffic
+    engine: dict[str, Any]
+    folder: ResultFolder
+
+    @classmethod
+    def prepare(
+        cls, kind: str, args: argparse.Namespace, points: Sequence[Point]
+    ) -> "Comparison":
+        """Check everything that can be wrong before an engine starts.
+
+        Raises:
+            ToolError: Something is.
+        """
+        from ...bench_model import bench_model
+        from ...environment import environment
+
+        find_vllm()
+        requests = traffic(args)
+        fp8 = not args.no_fp8 and "kv_cache_dtype" not in args.engine
+        methods = method_list(args.methods)
+        arms = plan_arms(methods, args.budgets, args.config, fp8=fp8)
+        model = bench_model(args.model)
+        own_space = OWN_SPACE if args.model in OWN_SHAPES else None
+        engine = {
+            "dtype": model.dtype,
+            "max_model_len": args.max_model_len or requests.longest,
+            "kv_cache_memory_bytes": args.kv_space or own_space,
+            **args.engine,
+        }
+        config = {
+            "kind": kind,
+            "model": args.model,
+            "about": model.about,
+            "arms": [vars(arm) for arm in arms],
+            "points": [vars(point) for point in points],
+            "traffic": requests.about(),
+            "num_prompts": args.num_prompts,
+            "warmups": args.warmups,
+            "seed": args.seed,
+            "engine": engine,
+            "bench": args.bench,
+        }
+        name = f"{kind}-{Path(args.model).name}-{requests.name}"
+        folder = ResultFolder(args.out, name, config, environment())
+        if requests.trace is not None:
+            path = folder.write(TRACE, requests.trace)
+            requests.flags["dataset_path"] = str(path)
+        return cls(args, model, arms, points, requests, engine, folder)
+
+    def record(self, kind: str, arm: Arm, result: Record, **more: Any) -> Record:
+        """vLLM's result, and what else is known of the run."""
+        return {
+            "failed": 0,
+            **result,
+            "kind": kind,
+            "arm": arm.label,
+            "method": arm.method,
+            "dataset": self.traffic.dataset,
+            "input_len": self.traffic.input_len,
+            "output_len": self.traffic.output_len,
+            **more,
+        }
+
+    def bench_keywords(self, prompts: int) -> dict[str, Any]:
+        """The flags of vLLM's benchmark that do not differ between arms."""
+        return {
+            **self.traffic.flags,
+            "num_prompts": prompts,
+            "seed": self.args.seed,
+            **self.args.bench,
+        }
+
+    def run(
+        self, measure: Callable[[Arm, list[Point]], Iterator[Record | ToolError]]
+    ) -> int:
+        """Measure what is not done yet, and show all of it.
+
+        Args:
+            measure: Yields a record, or why there is none, for each load.
+
+        Returns:
+            1 if a run failed.
+
+        Raises:
+            ToolError: Stock vLLM does not start, or results cannot be written.
+        """
+        from rich.console import Console
+
+        from ...progress import progress_bars, task_adder
+        from .report import record_of, show
+
+        for wish in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(wish, lambda number, _: sys.exit(128 + number))
+        notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        failed = 0
+        with progress_bars() as bars:
+            add_task = task_adder(bars)
+            for arm in self.arms:
+                records = self.folder.records
+                todo = [p for p in self.points if not record_of(records, arm.label, p)]
+                update = add_task(arm.label)
+                for number, outcome in enumerate(_outcomes(measure, arm, todo), 1):
+                    if isinstance(outcome, ToolError):
+                        failed += arm.label != FP8
+                        word = "note" if arm.label == FP8 else "failed"
+                        notes.print(f"{word}: {arm.label}: {outcome}")
+                    else:
+                        self.folder.add(outcome)
+                    update(number / len(todo))
+                update(1.0)
+        show(self.points, self.arms, self.folder.records)
+        notes.print(f"results: {self.folder.path}")
+        return int(failed > 0)
+
+
+def _outcomes(
+    measure: Callable[[Arm, list[Point]], Iterator[Record | ToolError]],
+    arm: Arm,
+    todo: list[Point],
+) -> Iterator[Record | ToolError]:
+    """An arm's records, and its failures; without stock there is no comparison."""
+    if not todo:
+        return
+    try:
+        yield from measure(arm, todo)
+    except StartError as error:
+        if arm.label == STOCK:
+            raise ToolError(f"{arm.label}: {error}") from None
+        yield error
+    except ToolError as error:
+        yield error
