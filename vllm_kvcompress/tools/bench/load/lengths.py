@@ -10,9 +10,14 @@ from typing import Any
 from ...arguments import read_text
 from ...errors import ToolError
 
-INPUT_NAMES = ("input_len", "input_length", "prompt_tokens", "request_tokens")
-OUTPUT_NAMES = ("output_len", "output_length", "completion_tokens", "response_tokens")
-AZURE = {"contexttokens": INPUT_NAMES[0], "generatedtokens": OUTPUT_NAMES[0]}
+INPUT_NAMES = (
+    *("input_len", "input_length", "prompt_tokens"),
+    *("request_tokens", "contexttokens"),  # BurstGPT, Azure
+)
+OUTPUT_NAMES = (
+    *("output_len", "output_length", "completion_tokens"),
+    *("response_tokens", "generatedtokens"),
+)
 Pair = tuple[int, int]
 
 
@@ -66,9 +71,11 @@ def _csv_rows(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def _named(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    plain = {key.strip().lower().replace(" ", "_"): key for key in row}
-    renamed = {AZURE.get(name, name): key for name, key in plain.items()}
-    return row[renamed[next(name for name in names if name in renamed)]]
+    plain = {key.strip().lower().replace(" ", "_"): row[key] for key in row}
+    for name in names:
+        if name in plain:
+            return plain[name]
+    raise KeyError(names[0])
 
 
 def draw(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
