@@ -9,7 +9,6 @@ from ...trace import ratio
 JUDGED = {
     "request_throughput": True,
     "output_throughput": True,
-    "total_token_throughput": True,
     "median_ttft_ms": False,
     "p99_ttft_ms": False,
     "median_tpot_ms": False,
@@ -22,7 +21,6 @@ SHOWN = (*JUDGED, "kv_usage_peak")
 LABELS = {
     "request_throughput": "requests/s",
     "output_throughput": "output tokens/s",
-    "total_token_throughput": "tokens/s",
     "median_ttft_ms": "median TTFT, ms",
     "p99_ttft_ms": "p99 TTFT, ms",
     "median_tpot_ms": "median TPOT, ms",
@@ -68,32 +66,28 @@ def figures(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def verdict(pairs: Sequence[tuple[str, Record, Record]]) -> str:
+def verdict(pairs: Sequence[tuple[Record, Record]]) -> str:
     """What an arm wins and loses against another.
 
     Args:
-        pairs: The title of each load, the arm's run and the other's.
+        pairs: The arm's run and the other's, load by load.
     """
     outcomes: dict[bool, list[str]] = {True: [], False: []}
-    for figure in figures([record for _, *both in pairs for record in both]):
-        changes = [(title, change(figure, run, base)) for title, run, base in pairs]
+    for figure in figures([record for pair in pairs for record in pair]):
+        changes = [change(figure, *pair) for pair in pairs]
         for won, told in outcomes.items():
-            if found := [each for each in changes if each[1].won is won]:
+            if found := [each.times for each in changes if each.won is won]:
                 told.append(_summary(figure, found, len(pairs)))
     wins, losses = (", ".join(told) or "nothing" for told in outcomes.values())
     return f"wins in {wins}; loses in {losses}."
 
 
-def _summary(figure: str, found: list[tuple[str, Change]], loads: int) -> str:
-    """The figure, and where it changed most."""
-    title, most = max(found, key=lambda each: _distance(each[1].times))
-    by = "" if most.times is None else f" {most.times:.2f}x"
-    often = f"{len(found)} of {loads}, most:" if loads > 1 else ""
-    where = " ".join(part for part in (often, f"{title}{by}") if part)
-    return f"{LABELS[figure].partition(',')[0]} ({where})"
-
-
-def _distance(times: float | None) -> float:
-    if not times:
-        return float("inf")
-    return max(times, 1 / times)
+def _summary(figure: str, found: Sequence[float | None], loads: int) -> str:
+    """The figure, how often, and the largest change."""
+    often = f"{len(found)} of {loads}" if loads > 1 else ""
+    known = [times for times in found if times]
+    most = max(known, key=lambda times: max(times, 1 / times), default=None)
+    by = "" if most is None else f"{most:.2f}x"
+    told = ", ".join(part for part in (often, by) if part)
+    name = LABELS[figure].partition(",")[0]
+    return f"{name} ({told})" if told else name

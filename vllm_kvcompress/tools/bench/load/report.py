@@ -28,7 +28,7 @@ def load_table(point: Point, arms: Sequence[Arm], records: Sequence[Record]) -> 
     runs = {arm.label: record_of(records, arm.label, point) for arm in arms}
     done = {label: record for label, record in runs.items() if record}
     table = Table(title=str(point), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("arm", overflow="fold")
+    table.add_column("arm", no_wrap=True)
     names = figures(list(done.values()))
     for name in names:
         table.add_column(LABELS[name], justify="right")
@@ -79,7 +79,7 @@ def sentences(
             if arm.label in (STOCK, base):
                 continue
             pairs = [
-                (str(point), record, other)
+                (record, other)
                 for point, record in done
                 if (other := record_of(records, base, point))
             ]
