@@ -15,8 +15,8 @@ from vllm_kvcompress.config import KEY
 from vllm_kvcompress.plan import Counters
 from vllm_kvcompress.tools.bench.load import server as servers
 from vllm_kvcompress.tools.bench.load.arms import FP8, STOCK, Arm, plan_arms
-from vllm_kvcompress.tools.bench.load.comparison import change, verdict
 from vllm_kvcompress.tools.bench.load.folder import RUNS, ResultFolder
+from vllm_kvcompress.tools.bench.load.judgement import change, verdict
 from vllm_kvcompress.tools.bench.load.lengths import draw, read_lengths, timed_trace
 from vllm_kvcompress.tools.bench.load.points import Point, points
 from vllm_kvcompress.tools.bench.load.report import load_table, sentences

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from .shapes import (
 
 SHORT = 256  # prompts that all methods leave alone
 DEFAULT_TARGETS = {"cla": "cla2", "lckv": "lckv-w2", "yoco": "yoco"}
-BUSY_LOAD = 0.5  # of other programs; the benchmark itself has not begun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
     names = shape_names(args.shapes or ",".join(shapes))
     method = _sharing_settings(args) if sharing else _eviction_settings(args)
     from ..arms import compressed_arm
-    from ..environment import environment
+    from ..environment import environment, warn_if_busy
     from ..progress import progress_bars, task_adder
     from .report import show
 
@@ -221,9 +219,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         kept = kept_tokens(method, args.prompt_len, model.about["layers"])
     machine = environment()
-    if machine["load_before"] > BUSY_LOAD:
-        note = f"note: the machine is busy, load {machine['load_before']}; "
-        print(note + "its timings will mean little", file=sys.stderr)
+    warn_if_busy(machine)
     with progress_bars() as bars:
         bench = _Bench(args, compressed, model, kept, task_adder(bars))
         measured = {name: bench.run_shape(name) for name in names}

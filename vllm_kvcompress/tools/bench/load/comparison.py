@@ -1,93 +1,228 @@
-"""One run against another: which figures are judged, and how."""
+"""A comparison from flags to its end: what serving and throughput have in common."""
 
-from collections.abc import Mapping, Sequence
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ...trace import ratio
+from ...arguments import budget_list, gibibytes, json_object, method_list, positive
+from ...bench_model import OWN_SHAPES
+from ...errors import ToolError
+from .arms import FP8, STOCK, Arm, plan_arms
+from .folder import Record, ResultFolder
+from .points import Point
+from .server import StartError
+from .traffic import TRACE, Traffic, add_traffic_arguments, traffic
+from .vllm_command import find_vllm
 
-JUDGED = {
-    "request_throughput": True,
-    "output_throughput": True,
-    "median_ttft_ms": False,
-    "p99_ttft_ms": False,
-    "median_tpot_ms": False,
-    "p99_tpot_ms": False,
-    "preemptions": False,
-}
-"""Whether more of it is better."""
-SHOWN = (*JUDGED, "kv_usage_peak")
-"""A cache in full use is neither won nor lost, so that the peak is only shown."""
-LABELS = {
-    "request_throughput": "requests/s",
-    "output_throughput": "output tokens/s",
-    "median_ttft_ms": "median TTFT, ms",
-    "p99_ttft_ms": "p99 TTFT, ms",
-    "median_tpot_ms": "median TPOT, ms",
-    "p99_tpot_ms": "p99 TPOT, ms",
-    "preemptions": "preemptions",
-    "kv_usage_peak": "peak KV use",
-}
-Record = Mapping[str, Any]
+if TYPE_CHECKING:
+    from ...bench_model import BenchModel
+
+OUT = Path("build/bench")
+OWN_SPACE = 2**30
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, datasets: tuple[str, ...]
+) -> None:
+    """Declare the flags that both commands take."""
+    add = parser.add_argument
+    own = ", ".join(OWN_SHAPES)
+    add(
+        "--model",
+        default="small",
+        help="a checkpoint, or a random-weight Llama of ours, which needs no network: "
+        f"{own} (default %(default)s)",
+    )
+    add("--methods", default="snapkv", help="such as snapkv,keydiff (default snapkv)")
+    add(
+        "--budgets",
+        type=budget_list,
+        default=[],
+        help="an arm per method and budget, such as 512,1024 (default 1024)",
+    )
+    add("--config", default="{}", help="more settings of all methods, as JSON")
+    add("--no-fp8", action="store_true", help="leave out stock with an fp8 KV cache")
+    add(
+        "--kv-space",
+        type=gibibytes,
+        metavar="GiB",
+        help="for the KV cache of every arm (default: vLLM's choice; 1 for our models)",
+    )
+    add("--max-model-len", type=positive, help="default: the longest request, if known")
+    add(
+        "--engine",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="keywords of LLM for all arms, such as '{\"block_size\": 32}'",
+    )
+    add(
+        "--bench",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="more flags of vLLM's benchmark, such as '{\"burstiness\": 0.5}'",
+    )
+    add_traffic_arguments(parser, datasets)
+    add("--out", type=Path, default=OUT, help="folder of results (default %(default)s)")
 
 
 @dataclass(frozen=True)
-class Change:
-    """A figure of one run beside that of another.
+class Comparison:
+    """What runs, and where its results go.
 
     Attributes:
-        times: The ratio; None where the other is zero.
-        won: Whether it is better; None: the same, or not judged.
+        args: The flags.
+        model: What all arms run.
+        arms: Stock first.
+        points: The loads of each arm.
+        traffic: The requests of each run.
+        engine: Keywords of LLM for all arms.
+        folder: The results.
     """
 
-    times: float | None
-    won: bool | None
+    args: argparse.Namespace
+    model: "BenchModel"
+    arms: list[Arm]
+    points: Sequence[Point]
+    traffic: Traffic
+    engine: dict[str, Any]
+    folder: ResultFolder
 
-    def __str__(self) -> str:
-        text = "-" if self.times is None else f"{self.times:.2f}x"
-        return f"{text} LOST" if self.won is False else text
+    @classmethod
+    def prepare(
+        cls, kind: str, args: argparse.Namespace, points: Sequence[Point]
+    ) -> "Comparison":
+        """Check everything that can be wrong before an engine starts.
+
+        Raises:
+            ToolError: Something is.
+        """
+        from ...bench_model import bench_model
+        from ...environment import environment, warn_if_busy
+
+        find_vllm()
+        requests = traffic(args)
+        fp8 = not args.no_fp8 and "kv_cache_dtype" not in args.engine
+        methods = method_list(args.methods)
+        arms = plan_arms(methods, args.budgets, args.config, fp8=fp8)
+        model = bench_model(args.model)
+        own_space = OWN_SPACE if args.model in OWN_SHAPES else None
+        engine = {
+            "dtype": model.dtype,
+            "max_model_len": args.max_model_len or requests.longest,
+            "kv_cache_memory_bytes": args.kv_space or own_space,
+            **args.engine,
+        }
+        config = {
+            "kind": kind,
+            "model": args.model,
+            "about": model.about,
+            "arms": [vars(arm) for arm in arms],
+            "points": [vars(point) for point in points],
+            "traffic": requests.about(),
+            "num_prompts": args.num_prompts,
+            "warmups": args.warmups,
+            "seed": args.seed,
+            "engine": engine,
+            "bench": args.bench,
+        }
+        name = f"{kind}-{Path(args.model).name}-{requests.name}"
+        machine = environment()
+        folder = ResultFolder(args.out, name, config, machine)
+        warn_if_busy(machine)
+        if requests.trace:
+            folder.write(TRACE, requests.trace)
+        return cls(args, model, arms, points, requests, engine, folder)
+
+    def record(self, kind: str, arm: Arm, result: Record, **more: Any) -> Record:
+        """vLLM's result, and what else is known of the run."""
+        return {
+            "failed": 0,
+            **result,
+            "kind": kind,
+            "arm": arm.label,
+            "method": arm.method,
+            "dataset": self.traffic.dataset,
+            "input_len": self.traffic.input_len,
+            "output_len": self.traffic.output_len,
+            **more,
+        }
+
+    def bench_keywords(self, prompts: int) -> dict[str, Any]:
+        """The flags of vLLM's benchmark that do not differ between arms."""
+        traced = {"dataset_path": str(self.folder.path / TRACE)}
+        return {
+            **self.traffic.flags,
+            **(traced if self.traffic.trace else {}),
+            "num_prompts": prompts,
+            "seed": self.args.seed,
+            **self.args.bench,
+        }
+
+    def run(
+        self, measure: Callable[[Arm, list[Point]], Iterator[Record | ToolError]]
+    ) -> int:
+        """Measure what is not done yet, and show all of it.
+
+        Args:
+            measure: Yields a record, or why there is none, for each load.
+
+        Returns:
+            1 if a run failed.
+
+        Raises:
+            ToolError: Stock vLLM does not start, or results cannot be written.
+        """
+        from rich.console import Console
+
+        from ...progress import progress_bars, task_adder
+        from .report import record_of, show
+
+        for wish in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(wish, lambda number, _: sys.exit(128 + number))
+        notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        failed = 0
+        with progress_bars() as bars:
+            add_task = task_adder(bars)
+            for arm in self.arms:
+                records = self.folder.records
+                todo = [p for p in self.points if not record_of(records, arm.label, p)]
+                update = add_task(arm.label)
+                with closing(_outcomes(measure, arm, todo)) as outcomes:
+                    for number, outcome in enumerate(outcomes, 1):
+                        if not isinstance(outcome, ToolError):
+                            self.folder.add(outcome)
+                        elif arm.label == FP8 and isinstance(outcome, StartError):
+                            notes.print(f"note: {arm.label} is left out: {outcome}")
+                        else:
+                            failed += 1
+                            notes.print(f"failed: {arm.label}: {outcome}")
+                        update(number / len(todo))
+                update(1.0)
+        show(self.points, self.arms, self.folder.records)
+        notes.print(f"results: {self.folder.path}")
+        return int(failed > 0)
 
 
-def change(figure: str, record: Record, base: Record) -> Change:
-    """Compare one figure of two runs."""
-    value, other = record[figure], base[figure]
-    won = None
-    if figure in JUDGED and value != other:
-        won = (value > other) == JUDGED[figure]
-    return Change(ratio(value, other), won)
-
-
-def figures(records: Sequence[Record]) -> list[str]:
-    """The figures that all of these runs have."""
-    return [
-        name
-        for name in SHOWN
-        if all(record.get(name) is not None for record in records)
-    ]
-
-
-def verdict(pairs: Sequence[tuple[Record, Record]]) -> str:
-    """What an arm wins and loses against another.
-
-    Args:
-        pairs: The arm's run and the other's, load by load.
-    """
-    outcomes: dict[bool, list[str]] = {True: [], False: []}
-    for figure in figures([record for pair in pairs for record in pair]):
-        changes = [change(figure, *pair) for pair in pairs]
-        for won, told in outcomes.items():
-            if found := [each.times for each in changes if each.won is won]:
-                told.append(_summary(figure, found, len(pairs)))
-    wins, losses = (", ".join(told) or "nothing" for told in outcomes.values())
-    return f"wins in {wins}; loses in {losses}."
-
-
-def _summary(figure: str, found: Sequence[float | None], loads: int) -> str:
-    """The figure, how often, and the largest change."""
-    often = f"{len(found)} of {loads}" if loads > 1 else ""
-    known = [times for times in found if times]
-    most = max(known, key=lambda times: max(times, 1 / times), default=None)
-    by = "" if most is None else f"{most:.2f}x"
-    told = ", ".join(part for part in (often, by) if part)
-    name = LABELS[figure].partition(",")[0]
-    return f"{name} ({told})" if told else name
+def _outcomes(
+    measure: Callable[[Arm, list[Point]], Iterator[Record | ToolError]],
+    arm: Arm,
+    todo: list[Point],
+) -> Generator[Record | ToolError]:
+    """An arm's records, and its failures; without stock there is no comparison."""
+    if not todo:
+        return
+    try:
+        yield from measure(arm, todo)
+    except StartError as error:
+        if arm.label == STOCK:
+            raise ToolError(f"{arm.label}: {error}") from None
+        yield error
+    except ToolError as error:
+        yield error

@@ -46,11 +46,10 @@ class ResultFolder:
         self._check_environment(environment)
         self.records = self._read()
 
-    def write(self, name: str, text: str) -> Path:
-        """Write a file that a run needs."""
+    def write(self, name: str, text: str) -> None:
+        """Write a file that runs need."""
         with _writing(self.path / name):
             (self.path / name).write_text(text)
-        return self.path / name
 
     def add(self, record: Record) -> None:
         """Append a run; it is on disk when this returns."""

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .arms import FP8, STOCK, Arm
-from .comparison import LABELS, Record, change, figures, verdict
+from .folder import Record
+from .judgement import LABELS, change, figures, verdict
 from .points import Point
 
 WIDTH = 150  # where the output is no terminal

@@ -9,10 +9,10 @@ from ...arguments import budget_list, positive
 from ...errors import ToolError
 from ...scrape import scrape
 from .arms import Arm
-from .comparison_run import Comparison, add_common_arguments
+from .comparison import Comparison, add_common_arguments
 from .folder import Record
 from .points import Point, points, rate_list
-from .server import HOST, Server, serving
+from .server import HOST, Server, choose_port, serving
 from .vllm_command import find_vllm, flags, last_words, process
 from .watch import Watch
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if a run failed."""
+    choose_port(args.port)
     loads = points(args.request_rates, args.concurrencies)
     comparison = Comparison.prepare(KIND, args, loads)
     return comparison.run(lambda arm, todo: _serve_arm(comparison, arm, todo))
@@ -84,6 +85,7 @@ def _measure(comparison: Comparison, arm: Arm, server: Server, point: Point) -> 
         result = _bench(
             comparison, arm, server, point, comparison.args.num_prompts, str(point)
         )
+    server.check_alive()
     return comparison.record(KIND, arm, result, **watch.figures())
 
 

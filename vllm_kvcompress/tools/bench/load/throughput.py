@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import ToolError
 from .arms import Arm
-from .comparison_run import Comparison, add_common_arguments
+from .comparison import Comparison, add_common_arguments
 from .folder import Record
 from .points import Point
 from .server import StartError, engine_environment

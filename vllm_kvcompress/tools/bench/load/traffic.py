@@ -57,7 +57,8 @@ def add_traffic_arguments(
     add(
         "--dataset",
         choices=datasets,
-        help="vLLM's dataset of that name (default: random)",
+        help="vLLM's dataset of that name (default: random); of sharegpt it takes "
+        "prompts of up to 1024 tokens",
     )
     add("--dataset-path", type=Path, metavar="FILE", help="of other datasets")
     if "custom" in datasets:
