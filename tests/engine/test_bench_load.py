@@ -20,9 +20,9 @@ OURS = {
     *("request_rate", "max_concurrency", "total_input_tokens", "total_output_tokens"),
     *("preemptions", "kv_usage_peak", "running_peak", "compressions"),
 }
-LABELS = ["stock", "snapkv budget=128"]
+LABELS = ["stock", "snapkv budget=256"]
 FLAGS = [
-    *("--budgets", "128", "--no-fp8", "--kv-space", "0.02", "--warmups", "1"),
+    *("--budgets", "256", "--no-fp8", "--kv-space", "0.02", "--warmups", "1"),
     *("--engine", '{"enforce_eager": true}', "--num-prompts", "4"),
 ]
 
@@ -58,7 +58,7 @@ def test_serve(tmp_path: Path, monkeypatch, capsys) -> None:
     assert len({run["total_input_tokens"] for run in found}) == 1
     assert len({run["total_output_tokens"] for run in found}) == 1
     check_compression(found)
-    assert "snapkv budget=128 against stock: wins in" in capsys.readouterr().out
+    assert "snapkv budget=256 against stock: wins in" in capsys.readouterr().out
     assert main(command) == 0  # all of it is done
     assert runs(tmp_path / "out") == found
 

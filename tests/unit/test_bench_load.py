@@ -225,7 +225,7 @@ def test_a_watch_counts_what_happened_and_keeps_the_peaks():
         ("", "it said nothing"),
         ("one\ntwo\n\n", "two"),
         (
-            "(EngineCore pid=7) ERROR 11-22 05:50:10 [core.py:1] ValueError: too long\n"
+            "(EngineCore pid=7) ERROR 11-22 05:50:10 [core.py:1] a.b.ValueError: too long\n"
             "(APIServer pid=8) RuntimeError: Engine core initialization failed. See\n"
             "[rank0]: a warning of others\n",
             "ValueError: too long",

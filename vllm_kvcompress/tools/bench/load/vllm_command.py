@@ -17,6 +17,7 @@ from ...errors import ToolError
 STOP_S = 30
 TAIL_BYTES = 2**18
 PREFIX = re.compile(r"^(\(\S+ pid=\d+\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] *)?")
+MODULE = re.compile(r"^(\w+\.)+(?=\w+: )")
 TROUBLE = re.compile(r"\b(\w*(Error|Exception)|error): *\S")
 HINTS_AT_OTHERS = "Engine core initialization failed"
 
@@ -101,7 +102,7 @@ def last_words(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
     lines = [PREFIX.sub("", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [MODULE.sub("", line) for line in lines if line]
     reasons = [
         line for line in lines if TROUBLE.search(line) and HINTS_AT_OTHERS not in line
     ]
