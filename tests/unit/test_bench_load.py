@@ -225,17 +225,17 @@ def test_a_watch_counts_what_happened_and_keeps_the_peaks():
         ("", "it said nothing"),
         ("one\ntwo\n\n", "two"),
         (
-            "(EngineCore pid=7) ERROR 11-22 05:50:10 [core.py:1] a.b.ValueError: too long\n"
+            "(EngineCore pid=7) ERROR 11-22 05:50:10 [core.py:1] a.b.ValueError: long\n"
             "(APIServer pid=8) RuntimeError: Engine core initialization failed. See\n"
             "[rank0]: a warning of others\n",
-            "ValueError: too long",
+            "ValueError: long",
         ),
-        ("usage: vllm\nvllm serve: error: unrecognized arguments: --x\n", "--x"),
+        ("usage: vllm\nvllm serve: error: no --x\n", "vllm serve: error: no --x"),
     ],
 )
 def test_the_last_words_are_the_reason(log, told, tmp_path: Path):
     (tmp_path / "log").write_text(log)
-    assert last_words(tmp_path / "log").endswith(told)
+    assert last_words(tmp_path / "log") == told
 
 
 def test_a_process_and_its_children_end_with_their_block(tmp_path: Path):

@@ -9,67 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import budget_list, gibibytes, json_object, method_list, positive
+from ...arguments import method_list
 from ...bench_model import OWN_SHAPES
 from ...errors import ToolError
 from .arms import FP8, STOCK, Arm, plan_arms
 from .folder import Record, ResultFolder
 from .points import Point
 from .server import StartError
-from .traffic import TRACE, Traffic, add_traffic_arguments, traffic
+from .traffic import TRACE, Traffic, traffic
 from .vllm_command import find_vllm
 
 if TYPE_CHECKING:
     from ...bench_model import BenchModel
 
-OUT = Path("build/bench")
 OWN_SPACE = 2**30
-
-
-def add_common_arguments(
-    parser: argparse.ArgumentParser, datasets: tuple[str, ...]
-) -> None:
-    """Declare the flags that both commands take."""
-    add = parser.add_argument
-    own = ", ".join(OWN_SHAPES)
-    add(
-        "--model",
-        default="small",
-        help="a checkpoint, or a random-weight Llama of ours, which needs no network: "
-        f"{own} (default %(default)s)",
-    )
-    add("--methods", default="snapkv", help="such as snapkv,keydiff (default snapkv)")
-    add(
-        "--budgets",
-        type=budget_list,
-        default=[],
-        help="an arm per method and budget, such as 512,1024 (default 1024)",
-    )
-    add("--config", default="{}", help="more settings of all methods, as JSON")
-    add("--no-fp8", action="store_true", help="leave out stock with an fp8 KV cache")
-    add(
-        "--kv-space",
-        type=gibibytes,
-        metavar="GiB",
-        help="for the KV cache of every arm (default: vLLM's choice; 1 for our models)",
-    )
-    add("--max-model-len", type=positive, help="default: the longest request, if known")
-    add(
-        "--engine",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="keywords of LLM for all arms, such as '{\"block_size\": 32}'",
-    )
-    add(
-        "--bench",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="more flags of vLLM's benchmark, such as '{\"burstiness\": 0.5}'",
-    )
-    add_traffic_arguments(parser, datasets)
-    add("--out", type=Path, default=OUT, help="folder of results (default %(default)s)")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from ...arguments import budget_list, positive
 from ...errors import ToolError
 from ...scrape import scrape
+from .arguments import add_common_arguments
 from .arms import Arm
-from .comparison import Comparison, add_common_arguments
+from .comparison import Comparison
 from .folder import Record
 from .points import Point, points, rate_list
 from .server import HOST, Server, choose_port, serving

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import ToolError
+from .arguments import add_common_arguments
 from .arms import Arm
-from .comparison import Comparison, add_common_arguments
+from .comparison import Comparison
 from .folder import Record
 from .points import Point
 from .server import StartError, engine_environment

@@ -87,8 +87,18 @@ def add_traffic_arguments(
         help="how far both may lie from it, such as 0.5 for half to one and a half "
         "(default %(default)s)",
     )
-    add("--num-prompts", type=positive, default=64, help="default %(default)s")
-    add("--warmups", type=positive, default=4, help="prompts before (%(default)s)")
+    add(
+        "--num-prompts",
+        type=positive,
+        default=64,
+        help="of a run (default %(default)s)",
+    )
+    add(
+        "--warmups",
+        type=positive,
+        default=4,
+        help="prompts first, unmeasured (default %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of prompts (default %(default)s)")
 
 
@@ -106,10 +116,11 @@ def traffic(args: argparse.Namespace) -> Traffic:
     """
     recorded = getattr(args, "lengths_from", None)
     if recorded:
-        if args.dataset or args.dataset_path or args.input_len or args.output_len:
+        others = (args.dataset, args.dataset_path, args.input_len, args.output_len)
+        if any(others) or args.range_ratio:
             raise ToolError(
                 "--lengths-from says all of the requests; drop --dataset, "
-                "--dataset-path, --input-len and --output-len"
+                "--dataset-path, --input-len, --output-len and --range-ratio"
             )
         return _recorded(recorded, args.num_prompts, args.seed)
     dataset = args.dataset or "random"
