@@ -45,7 +45,7 @@ def check_compression(found: list[dict]) -> None:
 
 def test_serve(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("trace.csv").write_text("input_len,output_len\n600,40\n500,60\n")
+    Path("trace.csv").write_text("input_len,output_len\n600,300\n500,350\n")
     command = ["bench", "serve", "--request-rates", "2,inf", *FLAGS]
     command += ["--lengths-from", "trace.csv", "--out", "out"]
     assert main(command) == 0
@@ -65,7 +65,7 @@ def test_serve(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_throughput(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    lengths = ["--input-len", "600", "--output-len", "60", "--range-ratio", "0.2"]
+    lengths = ["--input-len", "600", "--output-len", "300", "--range-ratio", "0.2"]
     assert main(["bench", "throughput", *FLAGS, *lengths, "--out", "out"]) == 0
     found = runs(tmp_path / "out")
     assert [run["arm"] for run in found] == LABELS

@@ -242,7 +242,7 @@ def test_a_process_and_its_children_end_with_their_block(tmp_path: Path):
     child = "import time; print('up', flush=True); time.sleep(600)"
     parent = f"""
 import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 subprocess.run([sys.executable, "-c", {child!r}])
 """
     log = tmp_path / "log"

@@ -86,7 +86,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     """Ask the command to end, wait, and kill what is left of its group."""
     try:
         if child.poll() is None:
-            child.send_signal(signal.SIGINT)
+            child.terminate()
             child.wait(STOP_S)
     except subprocess.TimeoutExpired:
         pass
