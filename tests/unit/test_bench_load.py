@@ -3,7 +3,6 @@
 import io
 import json
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -238,23 +237,33 @@ def test_the_last_words_are_the_reason(log, told, tmp_path: Path):
     assert last_words(tmp_path / "log") == told
 
 
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_process_and_its_children_end_with_their_block(tmp_path: Path):
-    child = "import time; print('up', flush=True); time.sleep(600)"
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     parent = f"""
-import signal, subprocess, sys, time
+import signal, subprocess, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-subprocess.run([sys.executable, "-c", {child!r}])
+subprocess.Popen([sys.executable, "-c", {child!r}]).wait()
 """
     log = tmp_path / "log"
     with process([sys.executable, "-c", parent], log, {}) as started:
-        for _ in range(600):
-            if "up" in log.read_text():
-                break
+        deadline = time.monotonic() + 60
+        while not log.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert "up" in log.read_text()
+        pid = int(log.read_text())
+        assert alive(pid)
     assert started.returncode == 0
-    left = subprocess.run(["ps", "-o", "stat=", "-g", str(started.pid)], text=True)
-    assert not left.stdout
+    deadline = time.monotonic() + 60
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +283,7 @@ subprocess.run([sys.executable, "-c", {child!r}])
         ("serve --dataset custom --dataset-path bad", "is no .jsonl file"),
         ("serve --range-ratio 1", "1 is not at least 0 and below 1"),
         ("serve --engine [1]", "[1] is not a JSON object"),
+        ("serve --port 99999", "--port 99999 cannot be used: bind(): port must be"),
         ("serve --methods nope", "method is 'nope'; allowed values: snapkv"),
         ("serve --model ./no/such", "--model './no/such' cannot be read"),
         ("throughput --dataset custom", "invalid choice: 'custom'"),

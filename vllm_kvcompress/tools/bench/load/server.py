@@ -76,8 +76,8 @@ def choose_port(wanted: int | None) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, wanted or 0))
-        except OSError as error:
-            reason = error.strerror
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", error)
             raise ToolError(f"--port {wanted} cannot be used: {reason}") from None
         return probe.getsockname()[1]
 
