@@ -43,7 +43,7 @@ lint: setup ## ruff and mypy
 sanitize: setup ## the C++ kernels' tests under ASan and UBSan
 	$(BIN)/python scripts/sanitize_kernels.py
 
-bench: setup ## measure; see make bench ARGS=--help
+bench: setup ## measure, such as ARGS="serve --help"; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)
 
 bench-kernels: setup ## measure all kernels; ARGS="--csv FILE"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from .errors import ToolError
@@ -53,6 +54,20 @@ def method_list(text: str | None) -> list[str]:
     if text is None:
         return method_names()
     return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def read_text(flag: str, file: Path) -> str:
+    """Read a file that a flag names.
+
+    Raises:
+        ToolError: It is not there, or no text.
+    """
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise ToolError(f"{flag} {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ToolError(f"{flag} {file} is no text") from None
 
 
 def check_files(args: argparse.Namespace) -> None:

@@ -134,13 +134,25 @@ def sharing_model(model: BenchModel, to: str, method: str) -> str:
 
 def _make(folder: Path, shape: dict[str, Any]) -> None:
     """Write our own model, unless it is there already."""
-    if (folder / "model.safetensors").exists():
-        return
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(**{"dtype": "float32", **shape})
-    LlamaForCausalLM(config).to(config.dtype).save_pretrained(folder)
+        logging.disable_progress_bar()
+        torch.manual_seed(0)
+        config = LlamaConfig(**{"dtype": "float32", **shape})
+        LlamaForCausalLM(config).to(config.dtype).save_pretrained(folder)
+    if not (folder / "tokenizer.json").exists():
+        _make_tokenizer(folder, shape["vocab_size"])
+
+
+def _make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One word per token, so that a text has as many tokens as it was made of."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{number}": number for number in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

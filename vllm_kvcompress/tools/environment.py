@@ -2,10 +2,14 @@
 
 import os
 import platform
+import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+BUSY_LOAD = 0.5  # of other programs; the measurement itself has not begun
 
 
 def _version(*names: str) -> str | None:
@@ -51,3 +55,10 @@ def environment() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "accelerator": _accelerator(),
     }
+
+
+def warn_if_busy(machine: Mapping[str, Any]) -> None:
+    """Say so if other programs are at work on this machine."""
+    if machine["load_before"] > BUSY_LOAD:
+        note = f"note: the machine is busy, load {machine['load_before']}; "
+        print(note + "its timings will mean little", file=sys.stderr)

@@ -10,7 +10,7 @@ from .errors import ToolError
 
 COMMANDS = {
     "demo": "Needle questions on the bundled model: stock vLLM beside compressed.",
-    "bench": "Speed and memory of a method against stock vLLM, shape by shape.",
+    "bench": "Speed and memory of methods against stock vLLM, in three ways.",
     "sweep": "Accuracy over budget of all methods on the bundled model.",
     "plan": "What a model's KV cache takes, and what each method makes of it.",
     "top": "What a running server does: requests, KV cache, compression, live.",

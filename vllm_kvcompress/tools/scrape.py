@@ -79,10 +79,7 @@ def scrape(url: str) -> Read:
     """
     try:
         with urlopen(url, timeout=PATIENCE_S) as answer:
-            text = answer.read().decode()
-        read = Read(time.monotonic())
-        for family in text_string_to_metric_families(text):
-            _collect(family, read)
+            read = read_metrics(answer.read().decode())
     except HTTPError as error:
         raise ToolError(f"{url} answered {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:
@@ -92,6 +89,18 @@ def scrape(url: str) -> Read:
         raise ToolError(f"{url} answered, but not with metrics") from None
     if not read.engines:
         raise ToolError(f"{url} has no metrics of vLLM")
+    return read
+
+
+def read_metrics(text: str) -> Read:
+    """Read metrics from their text.
+
+    Raises:
+        ValueError: It has another format.
+    """
+    read = Read(time.monotonic())
+    for family in text_string_to_metric_families(text):
+        _collect(family, read)
     return read
 
 

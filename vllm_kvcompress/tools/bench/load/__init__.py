@@ -1,0 +1,1 @@
+"""`kvcompress bench serve` and `throughput`: vLLM's own benchmarks, arm by arm."""
