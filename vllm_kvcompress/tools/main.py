@@ -11,12 +11,12 @@ from .errors import ToolError
 COMMANDS = {
     "demo": "Needle questions on the bundled model: stock vLLM beside compressed.",
     "bench": "Speed and memory of a method against stock vLLM, shape by shape.",
-    "sweep": "Accuracy over budget of all methods on the bundled model.",
+    "eval": "Accuracy and fidelity of methods against stock vLLM, task by task.",
     "plan": "What a model's KV cache takes, and what each method makes of it.",
     "top": "What a running server does: requests, KV cache, compression, live.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
-PACKAGES = ("bench", "plan", "sweep", "top")
+PACKAGES = ("bench", "eval", "plan", "top")
 """Commands of several modules, of which `command` is the first."""
 
 

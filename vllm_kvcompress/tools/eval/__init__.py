@@ -1,0 +1,1 @@
+"""`kvcompress eval`."""
