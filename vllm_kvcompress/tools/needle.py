@@ -126,7 +126,9 @@ def _sentence(rng: random.Random, extra_words: int = 0) -> list[str]:
     ]
 
 
-def _needle_prompt(rng: random.Random, num_tokens: int, needles: int) -> NeedlePrompt:
+def _needle_prompt(
+    rng: random.Random, num_tokens: int, needles: int, at: float | None
+) -> NeedlePrompt:
     keys = rng.sample(KEYS, needles)
     values = rng.sample(VALUES, 2 * needles)  # distinct: each word has one successor
     facts = [(keys[i], values[2 * i], values[2 * i + 1]) for i in range(needles)]
@@ -142,6 +144,11 @@ def _needle_prompt(rng: random.Random, num_tokens: int, needles: int) -> NeedleP
         raise ValueError(f"{num_tokens} tokens are too few for {needles} needles")
     slots = sorted(rng.sample(range(1, last + 1), needles))
     asked = rng.randrange(needles)
+    if at is not None:
+        wanted = 1 + round(at * (last - 1))
+        if wanted in slots:
+            slots[slots.index(wanted)] = slots[asked]
+        slots[asked] = wanted
     padded = rng.randrange(num_sentences)  # the sentence that makes the length exact
 
     words: list[str] = []
@@ -166,8 +173,20 @@ def _needle_prompt(rng: random.Random, num_tokens: int, needles: int) -> NeedleP
     )
 
 
+def least_tokens(needles: int) -> int:
+    """Tokens that a prompt with so many needles has at least."""
+    # All of them, a slot each and the padding, in three eighths of the prompt.
+    words = needles * (_NEEDLE_TOKENS + _SENTENCE_TOKENS) + _SENTENCE_TOKENS
+    return -(-words * 8 // 3)
+
+
 def needle_prompts(
-    *, num_tokens: int, needles: int = 8, count: int, seed: int = 0
+    *,
+    num_tokens: int,
+    needles: int = 8,
+    count: int,
+    seed: int = 0,
+    depth: float | None = None,
 ) -> list[NeedlePrompt]:
     """Make ``count`` prompts of exactly ``num_tokens`` tokens each.
 
@@ -179,6 +198,8 @@ def needle_prompts(
         needles: Facts per prompt, at most 48; one of them is asked about.
         count: Number of prompts.
         seed: The same arguments and seed make the same prompts.
+        depth: Where the needle lies that is asked about: 0 = near the start, 1 = last
+            before the end that is free of needles; None = anywhere.
 
     Raises:
         ValueError: If there are no needles, too many, or too few tokens for them.
@@ -186,7 +207,7 @@ def needle_prompts(
     if not 1 <= needles <= len(KEYS):
         raise ValueError(f"needles must be from 1 to {len(KEYS)}, not {needles}")
     rng = random.Random(seed)
-    return [_needle_prompt(rng, num_tokens, needles) for _ in range(count)]
+    return [_needle_prompt(rng, num_tokens, needles, depth) for _ in range(count)]
 
 
 def accuracy(

@@ -1,44 +1,34 @@
-"""The bundled model's own task (see `tools.needle`)."""
+"""The task that the bundled model was built for, in its own words."""
 
-from ...errors import ToolError
-from ...needle import needle_prompts
-from .base import Sample, Task, Tokenizer
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from ...needle import RECALL, least_tokens, needle_prompts
+from .base import Draft, Task, Text
 
 NEEDLES = 8
 
 
-def make(
-    tokenizer: Tokenizer, length: int, count: int, seed: int, depth: float | None = None
-) -> list[Sample]:
-    """Prompts of exactly ``length`` tokens."""
-    if depth is not None:
-        raise ToolError("needle has no depths to choose; drop --depths")
-    try:
-        prompts = needle_prompts(
-            num_tokens=length, needles=NEEDLES, count=count, seed=seed
-        )
-    except ValueError as error:
-        raise ToolError(str(error)) from None
-    samples = []
-    for prompt in prompts:
-        words = prompt.prompt.split(" ")
-        samples.append(
-            Sample(
-                task="needle",
-                context=" ".join(words[:-2]),
-                question=" " + " ".join(words[-2:]),
-                answers=(prompt.answer,),
-                depth=prompt.depth,
-                length=length,
-                max_tokens=4,
+@dataclass(frozen=True)
+class Needle(Task):
+    """Facts to remember, one of which is to be recalled.
+
+    No needle lies in the last 600 words (see `tools.needle`): depth 1 is the last place
+    before them. A unit is a word, which the bundled tokenizer makes one token of.
+    """
+
+    max_tokens: ClassVar[int] = 8
+
+    def _draft(self, rng: Random, length: int, depth: float | None) -> Draft:
+        seed = rng.getrandbits(64)
+
+        def render(units: int) -> Text:
+            (prompt,) = needle_prompts(
+                num_tokens=units, needles=NEEDLES, count=1, seed=seed, depth=depth
             )
-        )
-    return samples
+            context, recall, key = prompt.prompt.rpartition(f" {RECALL} ")
+            at = prompt.depth if depth is None else depth
+            return Text(context, f"{recall}{key}", (prompt.answer,), at)
 
-
-def score(output: str, sample: Sample) -> float:
-    """1 if the output begins with the answer."""
-    return float(output.strip().startswith(sample.answers[0]))
-
-
-NEEDLE = Task("needle", "a fact among eight, for the bundled model", make, score)
+        return Draft(render, least=least_tokens(NEEDLES))
