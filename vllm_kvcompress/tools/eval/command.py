@@ -13,7 +13,7 @@ from ..errors import ToolError
 from .arguments import depth_list, length_list, natural, ratio_list
 
 if TYPE_CHECKING:
-    from .runner import Done
+    from .metrics import Done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="folder or hub name (default: the bundled needle model)")
     add(
         "--tasks",
-        default="needle",
-        help="such as needle,niah_single; longbench and "
-        "lm_eval:NAME run by lm-evaluation-harness (default %(default)s)",
+        help="such as niah_single,vt,qa; longbench and lm_eval:NAME are run by "
+        "lm-evaluation-harness (default: niah_single; of the bundled model, needle)",
     )
     add(
         "--lengths",
@@ -38,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the needle lies, in percent, such as 0,25,50,75,100 "
         "(default: anywhere)",
     )
+    add(
+        "--haystack",
+        default="noise",
+        help="what needles are hidden in: noise, essay or a text file "
+        "(default %(default)s)",
+    )
+    add("--qa-file", type=Path, help="questions for qa, as SQuAD's JSON")
     add(
         "--samples",
         type=positive,
@@ -111,30 +117,29 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..progress import progress_bars, task_adder
-    from .questions import task_names
     from .setup import prepare
     from .table import tables
 
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    runner, planned = prepare(args, task_names(args.tasks))
+    runners, planned = prepare(args)
     for sentence in planned.skipped:
         notes.print(f"note: {sentence}")
-    done: list[Done] = []
     failures: list[str] = []
-    with progress_bars() as bars:
-        add_bar = task_adder(bars)
-        for arm in planned.arms:
-            report = add_bar(arm.label)
-            try:
-                found, worked = runner.run(arm, report)
-            except ToolError as error:
-                failures.append(f"{arm.label}: {error}")
-                continue
-            if not worked:
-                bars.console.print(f"{arm.label} was finished before")
-            done.append(found)
-    for table in tables(done):
-        Console().print(table)
+    for runner in runners:
+        done: list[Done] = []
+        with progress_bars() as bars:
+            add_bar = task_adder(bars)
+            for arm in planned.arms:
+                try:
+                    found, worked = runner.run(arm, add_bar(arm.label))
+                except ToolError as error:
+                    failures.append(f"{arm.label}: {error}")
+                    continue
+                if not worked:
+                    bars.console.print(f"{arm.label} was finished before")
+                done.append(found)
+        for table in tables(done):
+            Console().print(table)
     for sentence in failures:
         notes.print(f"failed: {sentence}")
     notes.print(f"results are in {args.out}")

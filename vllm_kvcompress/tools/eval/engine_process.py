@@ -85,7 +85,8 @@ def execute(job: Mapping[str, Any], emit: Callable[[dict[str, Any]], None]) -> N
 
     llm = LLM(**job["llm"])
     rules = Rules(**job["rules"])
-    for wave in in_waves(job["work"], job["batch"]):
+    work: list[tuple[dict[str, Any], dict[str, Any] | None]] = job["work"]
+    for wave in in_waves(work, job["batch"]):
         before = vllm_kvcompress.stats(llm) if job["compresses"] else None
         start = time.perf_counter()
         talks = [

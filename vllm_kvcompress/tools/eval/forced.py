@@ -52,11 +52,11 @@ class ForcedTokens(AdapterLogitsProcessor, LogitsProcessor):
     """
 
     def __init__(self, vllm_config: Any, *about_runner: Any) -> None:
-        v1 = len(about_runner) == 2  # device, is_pin_memory
-        self._requests = None if v1 else about_runner[0]
         self._by_slot: dict[int, list[int]] = {}
-        if v1:
+        if len(about_runner) == 2:  # V1: device, is_pin_memory
             super().__init__(vllm_config, *about_runner)
+        else:
+            (self._requests,) = about_runner
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:

@@ -1,4 +1,4 @@
-"""What an arm's answers amount to: arithmetic on the lines of its predictions."""
+"""What an arm's files say of it, and what its answers amount to."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -6,10 +6,33 @@ from statistics import fmean
 from typing import Any
 
 from .fidelity import Fidelity, pooled
+from .folder import digest
+from .plan import Arm
 
 COUNTED = ("compressions", "tokens_evicted", "blocks_freed")
 KV_COUNTERS = (*COUNTED, "logical_tokens", "retained_tokens")
 Record = dict[str, Any]
+Done = tuple[Record, Record]  # config and metrics of an arm
+
+
+def arm_config(arm: Arm, common: Record) -> Record:
+    """What an arm is, in the order in which one reads it.
+
+    Args:
+        arm: The arm.
+        common: What all arms that answer the same questions share.
+    """
+    settings = arm.settings or {}
+    return {
+        "model": common["model"],
+        "arm": arm.method,
+        "label": arm.label,
+        "settings": arm.settings,
+        "budget": settings.get("budget"),
+        "keep_ratio": settings.get("keep_ratio"),
+        **common,
+        "group": digest(common),
+    }
 
 
 def metrics(predictions: Sequence[Record], expected: int, by_depth: bool) -> Record:

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ToolError
 from .conversation import Question
 from .folder import Key
-from .tasks import TASKS, Sample
-
-LONGBENCH, HARNESS = "longbench", "lm_eval:"
+from .tasks import Sample, Task
 
 
 @dataclass(frozen=True)
@@ -29,24 +26,9 @@ class Item:
     asked: Question
 
 
-def task_names(text: str) -> list[str]:
-    """Split ``--tasks``, and check the names of our own ones."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in TASKS and not is_harness(name):
-            known = ", ".join([*TASKS, LONGBENCH, f"{HARNESS}NAME"])
-            raise ToolError(f"unknown task {name!r}; allowed values: {known}")
-    return names
-
-
-def is_harness(task: str) -> bool:
-    """Whether it is one of lm-evaluation-harness."""
-    return task == LONGBENCH or task.startswith(HARNESS)
-
-
 def make_items(
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     *,
     lengths: Sequence[int],
     depths: Sequence[float] | None,
@@ -58,24 +40,25 @@ def make_items(
 
     Args:
         tokenizer: Of the model.
-        tasks: Names of `TASKS`.
+        tasks: What is asked.
         lengths: In tokens.
-        depths: Where needles lie, 0 to 1; None = anywhere.
+        depths: Where needles lie, 0 to 1, in tasks that have any; None = anywhere.
         samples: Of each task, length and depth.
         seed: The same seed makes the same questions.
         outside: The question is not part of the prompt.
     """
-    items = []
+    items: list[Item] = []
     for task in tasks:
         for length in lengths:
             number = 0
-            for depth in depths or [None]:
-                for sample in TASKS[task].make(
-                    tokenizer, length, samples, seed, depth=depth
-                ):
+            places: Sequence[float | None] = (
+                depths if depths and task.has_depth else [None]
+            )
+            for depth in places:
+                for sample in task.make(tokenizer, length, samples, seed, depth):
                     at = sample.depth if depth is None else depth
                     asked = as_question(tokenizer, sample, outside)
-                    items.append(Item((task, length, number), sample, at, asked))
+                    items.append(Item((task.name, length, number), sample, at, asked))
                     number += 1
     return items
 

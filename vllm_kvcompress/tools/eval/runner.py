@@ -1,20 +1,18 @@
-"""Runs arm after arm, each into its folder, stock first: the others follow its answers."""
+"""Runs arm after arm into its folder; stock first, since others follow its answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ToolError
 from .conversation import Outcome, Reference, Rules
-from .folder import Folder, Key, Record, digest, key_of
-from .metrics import metrics
+from .folder import Folder, Key, Record, key_of
+from .metrics import Done, arm_config, metrics
 from .plan import STOCK, Arm
 from .questions import Item
 from .target import Target, Wave
-from .tasks import TASKS
-
-Done = tuple[Record, Record]  # config and metrics
+from .tasks import Task
 
 
 @dataclass
@@ -25,6 +23,7 @@ class Runner:
         root: Folder of the results.
         common: The part of the configuration that all arms share.
         environment: Where this runs.
+        tasks: What is asked, by name.
         items: The questions.
         target: Who answers.
         rules: How.
@@ -35,6 +34,7 @@ class Runner:
     root: Path
     common: Record
     environment: Record
+    tasks: Mapping[str, Task]
     items: Sequence[Item]
     target: Target
     rules: Rules
@@ -50,7 +50,7 @@ class Runner:
         Raises:
             ToolError: It failed. What was answered before stays.
         """
-        with Folder(self.root, self.config(arm)) as folder:
+        with Folder(self.root, arm_config(arm, self.common)) as folder:
             folder.environment(self.environment)
             known = {key_of(line) for line in folder.predictions}
             rest = [item for item in self.items if item.key not in known]
@@ -74,20 +74,6 @@ class Runner:
                     for key, line in folder.references.items()
                 }
             return (folder.config, self._metrics(folder)), bool(work)
-
-    def config(self, arm: Arm) -> Record:
-        """What an arm is, in the order in which one reads it."""
-        settings = arm.settings or {}
-        return {
-            "model": self.common["model"],
-            "arm": arm.method,
-            "label": arm.label,
-            "settings": arm.settings,
-            "budget": settings.get("budget"),
-            "keep_ratio": settings.get("keep_ratio"),
-            **self.common,
-            "group": digest(self.common),
-        }
 
     def _check_references(self, rest: Sequence[Item]) -> None:
         if self.rules.fidelity_tokens and any(
@@ -121,7 +107,7 @@ class Runner:
             "prompt_tokens": len(item.asked.prompt),
             "answers": list(item.sample.answers),
             "output": output,
-            "score": TASKS[item.sample.task].score(output, item.sample),
+            "score": self.tasks[item.sample.task].score(output, item.sample),
             "finish_reason": outcome["finish_reason"],
             "fidelity": outcome.get("fidelity"),
         }

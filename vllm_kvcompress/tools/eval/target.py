@@ -1,13 +1,14 @@
 """Who answers: what an engine of our own and a running server have in common."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .conversation import Outcome, Question, Reference, Rules
 from .metrics import KV_COUNTERS
 from .plan import Arm
 
+T = TypeVar("T")
 Work = Sequence[tuple[Question, Reference | None]]
 Kv = dict[str, float]
 
@@ -41,9 +42,6 @@ def kv_since(before: Mapping[str, Any], after: Mapping[str, Any]) -> Kv:
     return {name: after[name] - before[name] for name in KV_COUNTERS}
 
 
-def in_waves(work: Work, size: int) -> Iterator[Work]:
+def in_waves(work: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Cut work into parts of so many questions."""
     return (work[first : first + size] for first in range(0, len(work), size))
-
-
-Report = Callable[[float], None]
