@@ -120,6 +120,12 @@ def run(args: argparse.Namespace) -> int:
     from .setup import prepare
     from .table import tables
 
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ToolError(
+            f"--out {args.out} cannot be written: {error.strerror}"
+        ) from None
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     runners, planned = prepare(args)
     for sentence in planned.skipped:

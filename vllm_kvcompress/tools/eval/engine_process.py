@@ -90,7 +90,9 @@ def execute(job: Mapping[str, Any], emit: Callable[[dict[str, Any]], None]) -> N
         before = vllm_kvcompress.stats(llm) if job["compresses"] else None
         start = time.perf_counter()
         talks = [
-            converse(Question(**asked), rules, known and Reference.from_json(known))
+            converse(
+                Question(**asked), rules, Reference.from_json(known) if known else None
+            )
             for asked, known in wave
         ]
         outcomes = run_wave(llm, talks)
