@@ -23,9 +23,14 @@ def adjectives() -> list[str]:
     return _category("adjective")
 
 
+@cache
+def _simple_words() -> list[str]:
+    return sorted({*nouns(), *adjectives(), *_category("verb")})
+
+
 def shuffled_words(rng: Random) -> Iterator[str]:
     """English words without end, each once: simple ones first, then compounds."""
-    simple = sorted({*nouns(), *adjectives(), *_category("verb")})
+    simple = _simple_words()
     yield from rng.sample(simple, len(simple))
     yield from distinct(rng, "words")
 
