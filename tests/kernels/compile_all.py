@@ -19,9 +19,9 @@ import triton
 from pages import paged, random
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from vllm_kvcompress.triton_kernels import KERNELS
 
 from vllm_kvcompress.ops.pages import PagedKeys
-from vllm_kvcompress.triton_kernels import KERNELS
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 FLOAT8 = torch.float8_e4m3fn

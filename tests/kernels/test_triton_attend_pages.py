@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.attend_pages import attend_pages
 
 from tests.kernels.pages import DEVICE, WITH_STRIDES, paged, random, shuffled
 from vllm_kvcompress.ops.attend_pages import attend_pages as operation
-from vllm_kvcompress.triton_kernels.attend_pages import attend_pages
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 # Of the cache, of queries and of factors.

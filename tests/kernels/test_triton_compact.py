@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.compact import compact
 
 from tests.kernels.pages import DEVICE, WITH_STRIDES, Paged, paged, shuffled
 from vllm_kvcompress.ops.compact import compact as operation
-from vllm_kvcompress.triton_kernels.compact import compact
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from vllm_kvcompress.triton_kernels import KERNELS
 
 PROGRAM = Path(__file__).with_name("compile_all.py")

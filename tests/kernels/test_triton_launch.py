@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_kvcompress.triton_kernels import launch
 
 from vllm_kvcompress import triton_kernels
 from vllm_kvcompress.ops.providers import Pages, Setting, choose, operations
-from vllm_kvcompress.triton_kernels import launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ROWS = (0, 16, 1)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.merge import merge
 
 from tests.kernels.pages import DEVICE, random
 from vllm_kvcompress.ops.merge import merge as operation
-from vllm_kvcompress.triton_kernels.merge import merge
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.pool import pool
+from vllm_kvcompress.triton_kernels.select import select
 
 from tests.kernels.pages import DEVICE, random
 from vllm_kvcompress.ops.pool import pool as pool_operation
 from vllm_kvcompress.ops.select import select as select_operation
-from vllm_kvcompress.triton_kernels.pool import pool
-from vllm_kvcompress.triton_kernels.select import select
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 few = settings(

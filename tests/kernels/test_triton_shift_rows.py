@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.row_shift import shift_rows
 
 from tests.kernels.pages import DEVICE
 from vllm_kvcompress.ops.row_shift import shift_rows as operation
-from vllm_kvcompress.triton_kernels.row_shift import shift_rows
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_kvcompress.triton_kernels.window_scores import window_scores
 
 from tests.kernels.pages import DEVICE, WITH_STRIDES, paged, random, shuffled
 from vllm_kvcompress.ops.pages import PagedKeys
 from vllm_kvcompress.ops.window_scores import window_scores as operation
-from vllm_kvcompress.triton_kernels.window_scores import window_scores
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
