@@ -1,6 +1,7 @@
 """`kvcompress eval` through real vLLM, on the bundled model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 
 from vllm_kvcompress.tools.main import main
+from vllm_kvcompress.tools.needle import model_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 # Waves of two, so that a run can be stopped between them.
 ASK = ["eval", *["--lengths", "1024", "--samples", "6", "--batch", "2"]]
 INSIDE = [*ASK, *["--methods", "snapkv,keydiff,random", "--budgets", "128"]]
+
+CASES = Path(__file__).with_name("forced_cases.py")
 
 Metrics = dict[str, Any]
 
@@ -109,6 +113,27 @@ def lines(out: Path) -> list[str]:
     for file in out.glob("needle-random-*/predictions.jsonl"):
         return [line for line in file.read_text().splitlines(True) if line[-1] == "\n"]
     return []
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_forced_tokens_are_generated_by_both_runners(
+    runner: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.json"
+    subprocess.run(
+        [sys.executable, str(CASES), runner, model_path(), str(output)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        check=True,
+    )
+    found = json.loads(output.read_text())
+    first, again = found["answers"]
+    for number, forced in enumerate(found["forced"]):
+        made, count = first[str(number)], len(forced)
+        # A stop token among them does not end it; behind them the model is free.
+        assert made["tokens"][:count] == forced and len(made["tokens"]) == 6
+        # Logprobs are the model's own: it would not have said this.
+        assert made["own"] == [False] * count + [True] * (6 - count)
+        assert again[str(number)] == made
 
 
 def test_question_outside_is_not_seen_by_what_asks_queries(
