@@ -39,7 +39,8 @@ def metrics(predictions: Sequence[Record], expected: int, by_depth: bool) -> Rec
     """Sum up.
 
     Args:
-        predictions: Lines of the file; the first of each wave has its counters.
+        predictions: Lines of the file, one at least; the first of each wave has its
+            counters.
         expected: How many there will be in the end.
         by_depth: Whether depths were asked for, so that answers differ by them.
     """
@@ -89,8 +90,8 @@ def _grouped(
     return groups
 
 
-def _accuracy(lines: Sequence[Record]) -> float | None:
-    return fmean(line["score"] for line in lines) if lines else None
+def _accuracy(lines: Sequence[Record]) -> float:
+    return fmean(line["score"] for line in lines)
 
 
 def _fidelity(lines: Iterable[Record]) -> Record | None:

@@ -58,8 +58,6 @@ class Runner:
                 self._check_references(rest)
             work = [(item.asked, self.references.get(item.key)) for item in rest]
             report(len(known) / len(self.items))
-            if work or not folder.complete:
-                folder.write_metrics(self._metrics(folder))
             if work:
                 for wave in self.target.waves(arm, work, self.rules, folder.log):
                     count = len(wave.outcomes)
@@ -67,6 +65,8 @@ class Runner:
                     rest = rest[count:]
                     folder.write_metrics(self._metrics(folder))
                     report(len(folder.predictions) / len(self.items))
+            elif not folder.complete:  # stopped after its last answer
+                folder.write_metrics(self._metrics(folder))
             report(1.0)
             if arm.method == STOCK:
                 self.references = {

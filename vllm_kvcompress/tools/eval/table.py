@@ -35,9 +35,10 @@ def _table(task: str, arms: Sequence[tuple[Record, Record]]) -> Table:
     if config["fidelity"]:
         caption = CAPTION + (PREFIX_ONLY if config["fidelity"] == "prefix" else "")
     lengths = ", ".join(f"{length:,}" for length in config["lengths"])
+    size = f" of {lengths} tokens" if lengths else ""  # else the task's own
     table = Table(
-        title=f"{task}: {first['by_task'][task]['samples']} samples of {lengths} "
-        f"tokens, question {config['question']} the compressed prompt",
+        title=f"{task}: {first['by_task'][task]['samples']} samples{size}, "
+        f"question {config['question']} the compressed prompt",
         title_justify="left",
         caption=caption,
         caption_justify="left",
