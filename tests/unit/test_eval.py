@@ -446,6 +446,17 @@ def test_harness_results_become_metrics():
         summary({"results": {}, "n-samples": {}}, 0)
 
 
+def test_harness_failures_are_one_line():
+    log = """Traceback (most recent call last):
+      File "x.py", line 1
+    ConnectionError: Couldn't reach 'x/y' on the Hub (OfflineModeIsEnabled)
+    resource_tracker: There appear to be 1 leaked objects
+    """
+    assert harness.reason(log).startswith("ConnectionError: Couldn't reach")
+    assert harness.reason("killed\n") == "killed"
+    assert harness.reason("") == "it printed nothing"
+
+
 # Bad input
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,9 +83,8 @@ class HarnessRunner:
         """Run lm_eval; returns what it has written.
 
         Raises:
-            ToolError: It failed; the message is the last line that it printed.
+            ToolError: It failed.
         """
-        check_installed(self.task)
         output = (folder.path / OUTPUT).absolute()
         file = folder.path / JOB
         file.write_text(json.dumps(self.job(arm, output), indent=2) + "\n")
@@ -103,10 +103,16 @@ class HarnessRunner:
                 process.wait()
         written = sorted(output.rglob("results_*.json"))
         if code or not written:
-            lines = folder.log.read_text(errors="replace").split("\n")
-            last = next((line.strip() for line in lines[::-1] if line.strip()), "")
-            raise ToolError(f"lm_eval failed: {last} (see {folder.log})")
+            why = reason(folder.log.read_text(errors="replace"))
+            raise ToolError(f"lm_eval failed: {why} (see {folder.log})")
         return json.loads(written[-1].read_text())
+
+
+def reason(log: str) -> str:
+    """The last exception of a log, or else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 def summary(results: Mapping[str, Any], seconds: float) -> Record:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from ..errors import ToolError
-from ..scrape import Read, metrics_url, scrape
+from ..scrape import metrics_url, scrape
 from .conversation import (
     FORCED,
     Answer,
@@ -27,6 +27,7 @@ from .target import Kv, Wave, Work, in_waves, kv_since
 
 PATIENCE_S = 3600.0  # a long queue is no error
 ATTEMPTS = 4
+RESTING_TRIES = 20  # others may use the server, too
 
 
 class Connection:
@@ -59,21 +60,25 @@ class Connection:
         except ToolError:
             return None
 
-    def read(self) -> Read:
-        """Its metrics, once they have come to rest.
+    def settings(self) -> dict[str, str] | None:
+        """How it compresses; None if it does not."""
+        return scrape(f"{self.url}/metrics").settings
+
+    def kv(self) -> Kv:
+        """The plugin's counters, of all engines, once they have come to rest.
 
         Counts reach the front end a moment after the answers.
         """
-        now = scrape(f"{self.url}/metrics")
-        while True:
+        now = self._kv()
+        for _ in range(RESTING_TRIES):
             time.sleep(0.2)
-            before, now = now, scrape(f"{self.url}/metrics")
-            if before.engines == now.engines:
-                return now
+            before, now = now, self._kv()
+            if before == now:
+                break
+        return now
 
-    def kv(self) -> Kv:
-        """The plugin's counters, of all engines."""
-        engines = self.read().engines.values()
+    def _kv(self) -> Kv:
+        engines = scrape(f"{self.url}/metrics").engines.values()
         return {
             name: sum(each.get(name, 0) for each in engines) for name in KV_COUNTERS
         }
@@ -124,7 +129,7 @@ class Connection:
             try:
                 answer = self._client.request(method, path, **body)
                 break
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason = str(error) or type(error).__name__
                 time.sleep(0.25 * 2**attempt)
         else:
@@ -144,13 +149,13 @@ def _token_id(text: str) -> int:
 
 def _complaint(answer: httpx.Response) -> str:
     """An error's status and first line."""
-    text = answer.reason_phrase
     try:
         found = answer.json()
-        text = found.get("error", found)["message"] or text
+        text = str(found.get("error", found)["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return f"{answer.status_code}: {str(text).strip().splitlines()[0]}"
+        text = answer.reason_phrase
+    first, *_ = text.strip().splitlines() or ["no reason"]
+    return f"{answer.status_code}: {first}"
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class Server:
         Raises:
             ToolError: It does not.
         """
-        found = self.compressed.read().settings
+        found = self.compressed.settings()
         if found is None:
             raise ToolError(
                 f"{self.compressed.url} does not compress; start it with "
