@@ -74,8 +74,10 @@ class ForcedTokens(AdapterLogitsProcessor, LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
         """Remember what a slot's new request wants (V2)."""
-        self._by_slot[req_idx] = forced_tokens(sampling_params)
-        return bool(self._by_slot[req_idx])
+        self._by_slot.pop(req_idx, None)
+        if tokens := forced_tokens(sampling_params):
+            self._by_slot[req_idx] = tokens
+        return bool(tokens)
 
     def apply(
         self, logits: torch.Tensor, ctx: "LogitsContext | None" = None
@@ -83,6 +85,8 @@ class ForcedTokens(AdapterLogitsProcessor, LogitsProcessor):
         """Force all rows; only V2 says whose they are."""
         if ctx is None:
             return super().apply(logits)
+        if not self._by_slot:
+            return logits
         slots, positions = ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist()
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
             made = position + 1 - int(self._requests.prompt_len.np[slot])
