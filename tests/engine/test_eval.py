@@ -140,8 +140,8 @@ def test_question_outside_is_not_seen_by_what_asks_queries(
     inside: Path, tmp_path: Path
 ) -> None:
     out = ["--question", "outside", "--out", str(tmp_path)]
-    assert main([*ASK, *"--methods snapkv --budgets 128".split(), *out]) == 0
-    keydiff = [*ASK, *"--methods keydiff --budgets 640".split()]
+    assert main([*ASK, *["--methods", "snapkv", "--budgets", "128"], *out]) == 0
+    keydiff = [*ASK, *["--methods", "keydiff", "--budgets", "640"]]
     assert main([*keydiff, *out]) == main([*keydiff, "--out", str(inside)]) == 0
     arms = read(tmp_path)
     # Stock sees all of it, so that the question was really asked.

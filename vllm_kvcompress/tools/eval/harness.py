@@ -30,9 +30,10 @@ def is_harness(task: str) -> bool:
 def check_installed(task: str) -> None:
     """Raise a `ToolError` if lm-evaluation-harness is missing."""
     if find_spec("lm_eval") is None:
-        wanted = "lm-eval[longbench]" if task == LONGBENCH else "lm-eval"
+        extra = "[longbench]" if task == LONGBENCH else ""
         raise ToolError(
-            f"--tasks {task} needs lm-evaluation-harness; pip install '{wanted}>=0.4.13'"
+            f"--tasks {task} needs lm-evaluation-harness; "
+            f"pip install 'lm-eval{extra}>=0.4.13'"
         )
 
 
