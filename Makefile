@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint cuda-check sanitize bench bench-kernels sweep model clean
+.PHONY: help setup demo test test-slow test-kvpress lint cuda-check sanitize bench bench-kernels eval model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -49,8 +49,8 @@ bench: setup ## measure, such as ARGS="serve --help"; see make bench ARGS=--help
 bench-kernels: setup ## measure all kernels; ARGS="--csv FILE"
 	$(BIN)/python scripts/bench_kernels.py $(ARGS)
 
-sweep: setup ## accuracy over budget of all methods, on the bundled model
-	$(BIN)/kvcompress sweep --json build/sweep/result.json --plot build/sweep/sweep.png $(ARGS)
+eval: setup ## accuracy of all methods against stock vLLM, on the bundled model
+	$(BIN)/kvcompress eval --out build/eval $(ARGS)
 
 model: setup ## build the bundled needle model again
 	$(BIN)/python scripts/make_needle_model.py $(ARGS)

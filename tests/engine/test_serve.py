@@ -325,3 +325,30 @@ def test_bad_flag_ends_with_one_sentence(flags, told):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert told in done.stderr.strip().splitlines()[-1]
+
+
+def test_eval_asks_the_same_server_with_and_without(server, tmp_path, capsys):
+    asked = [
+        *("eval", "--url", str(server.base_url), "--out", str(tmp_path)),
+        *("--tasks", "needle", "--lengths", "1000", "--samples", "3"),
+        *("--methods", "keydiff"),
+    ]
+    assert main([*asked, "--budgets", "128"]) == 0
+    arms = {}
+    for folder in tmp_path.iterdir():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["target"] == "url" and config["fidelity"] == "prefix"
+        arms[config["label"]] = json.loads((folder / "metrics.json").read_text())
+    stock, keydiff = arms["stock"], arms["keydiff budget=128"]
+    assert stock["accuracy"] == 1 and stock["kv"]["compressions"] == 0
+    assert keydiff["kv"]["compressions"] == 3
+    assert keydiff["kv"]["kept_share"] == pytest.approx(0.1, abs=0.03)
+    assert keydiff["fidelity"]["agreement"] < 1
+    # Where the first token differs, one position is all there is.
+    assert 3 <= keydiff["fidelity"]["tokens"] < 12
+
+    capsys.readouterr()
+    assert main([*asked, "--question", "outside"]) == 1
+    text = capsys.readouterr().err
+    assert "start http" in text and "--logits-processors vllm_kvcompress." in text
+    assert text.count("\n") == 1

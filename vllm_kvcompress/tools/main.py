@@ -10,14 +10,14 @@ from .errors import ToolError
 
 COMMANDS = {
     "demo": "Needle questions on the bundled model: stock vLLM beside compressed.",
-    "bench": "Speed and memory of methods against stock vLLM, in three ways.",
-    "sweep": "Accuracy over budget of all methods on the bundled model.",
     "plan": "What a model's KV cache takes, and what each method makes of it.",
-    "top": "What a running server does: requests, KV cache, compression, live.",
+    "eval": "Accuracy and fidelity of methods against stock vLLM, task by task.",
+    "bench": "Speed and memory of methods against stock vLLM, in three ways.",
     "report": "Results of eval and bench as one page with pictures.",
+    "top": "What a running server does: requests, KV cache, compression, live.",
     "convert": "Make a model that shares KV out of an ordinary Llama, to be trained.",
 }
-PACKAGES = ("bench", "plan", "report", "sweep", "top")
+PACKAGES = ("bench", "eval", "plan", "report", "top")
 """Commands of several modules, of which `command` is the first."""
 
 
