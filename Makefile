@@ -5,10 +5,10 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress lint cuda-check sanitize bench bench-kernels eval model clean
+.PHONY: help setup demo test test-slow test-kvpress compare-kvpress lint cuda-check sanitize bench bench-kernels eval model clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 setup: ## create .venv with vLLM, this package and the development tools
 	@$(PYTHON) scripts/setup_env.py
@@ -26,6 +26,9 @@ test-slow: setup ## the tests that take longer
 
 test-kvpress: setup $(KVPRESS)/ready ## compare with kvpress, in an environment of its own
 	KVCOMPRESS_KVPRESS_PYTHON=$(KVPRESS)/bin/python $(BIN)/pytest tests/kvpress $(ARGS)
+
+compare-kvpress: setup $(KVPRESS)/ready ## accuracy, memory and time beside kvpress, on the same prompts
+	KVCOMPRESS_KVPRESS_PYTHON=$(KVPRESS)/bin/python $(BIN)/python scripts/compare_kvpress.py $(ARGS)
 
 $(KVPRESS)/ready:
 	$(PYTHON) -m venv --clear $(KVPRESS)

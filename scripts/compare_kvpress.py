@@ -3,11 +3,11 @@
     KVCOMPRESS_KVPRESS_PYTHON=... python scripts/compare_kvpress.py --json FILE
 
 kvpress presses the cache of transformers' models, in an environment of its own (`make
-compare-kvpress` makes one). Both sides answer the needle questions of the bundled model,
-question inside the compressed prompt; first one prompt alone, then all at once: a
-static batch there, continuous batching here. With ``--model tall`` and the like weights
-are random and only time counts. The arms take turns, so that the machine's moods meet
-both sides.
+compare-kvpress` makes one). Both sides answer the needle questions of the bundled
+model, question inside the compressed prompt; first one prompt alone, then all at once:
+a static batch there, continuous batching here. With ``--model tall`` and the like
+weights are random and only time counts. The sides take turns, so that the machine's
+moods meet both.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rich.table import Table
 from vllm_kvcompress.tools.arms import Job, compressed_arm, run_arm
 from vllm_kvcompress.tools.bench_model import OWN_SHAPES, bench_model
 from vllm_kvcompress.tools.environment import environment
-from vllm_kvcompress.tools.needle import NeedlePrompt, accuracy, needle_prompts
+from vllm_kvcompress.tools.needle import NeedlePrompt, accuracy
 from vllm_kvcompress.tools.needle_run import NeedleRun
 
 SCRIPT = Path(__file__).with_name("kvpress_arms.py")
@@ -87,7 +87,9 @@ def vllm_run(name: str, job: Job, arm: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def table(title: str, rows: dict[str, Any], prompts: list[NeedlePrompt] | None) -> Table:
+def table(
+    title: str, rows: dict[str, Any], prompts: list[NeedlePrompt] | None
+) -> Table:
     """Both sides, a row per method and side."""
     made = Table(title=title, title_justify="left")
     heads = ("right", "KV MiB", "first token, s", "decode", "all at once")

@@ -1,4 +1,4 @@
-"""kvpress's side of `compare_kvpress.py`; runs where kvpress is, not in our environment.
+"""kvpress's side of `compare_kvpress.py`; it runs where kvpress is installed.
 
     python kvpress_arms.py JOB.json RESULT.json
 
@@ -50,7 +50,9 @@ def generate(model: Any, press: Any, ids: torch.Tensor, count: int) -> Any:
 
 def cache_bytes(cache: Any) -> int:
     """What keys and values take."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    tensors = [
+        tensor for layer in cache.layers for tensor in (layer.keys, layer.values)
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
