@@ -25,9 +25,7 @@ from .shared_pages import READERS, scale_dtype
 from .spec import CompressedAttentionSpec, DraftAttentionSpec
 
 
-def compress_layers(
-    vllm_config: VllmConfig, drafting: Collection[str] = ()
-) -> None:
+def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> None:
     """Give full-attention layers the compressed spec; leave all others alone.
 
     Only these layer objects change, no class of vLLM does.

@@ -29,15 +29,7 @@ class _Worker:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         with backend.registered():
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-        compress_layers(self.vllm_config, self._drafting())
-
-    def _drafting(self: Any) -> set[str]:
-        """Names of layers that are not the model's own, but a draft model's."""
-        if self.vllm_config.speculative_config is None:
-            return set()
-        own = {*self.model_runner.get_model().modules()}
-        layers = self.vllm_config.compilation_config.static_forward_context
-        return {name for name, layer in layers.items() if layer not in own}
+        compress_layers(self.vllm_config, self.model_runner.drafting_layers())
 
     def determine_available_memory(self: Any) -> int:
         """vLLM's bytes, less those of the factors beside merged pages."""
