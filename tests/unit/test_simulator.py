@@ -43,6 +43,8 @@ HAPPENS = [
     "merges",
     "generated tokens merge",
     "selected, then merged",
+    "drafts accepted",
+    "drafts rejected",
 ]
 
 

@@ -192,7 +192,7 @@ class CompressedScheduler(Scheduler):
             if first < last:
                 observe[request_id] = (first - start, last - start)
             if end >= due:
-                if groups := self._compress(request, course, end):
+                if groups := self._compress(request, course):
                     compress[request_id] = groups
                 if not course.targets:
                     coming = self._courses[request_id]
@@ -202,16 +202,8 @@ class CompressedScheduler(Scheduler):
         self._unsent.add(Counters(skipped=skipped))
         return StepPlan(observe, compress, observed, skipped)
 
-    def _compress(
-        self, request: Request, course: Course, exact: int
-    ) -> dict[int, Compress]:
-        """Plan the groups for which private blocks can be had; retry the rest.
-
-        Args:
-            request: It is compressed.
-            course: How.
-            exact: Its tokens that this step and those before compute for good.
-        """
+    def _compress(self, request: Request, course: Course) -> dict[int, Compress]:
+        """Plan the groups for which private blocks can be had; retry the rest."""
         planned: dict[int, Compress] = {}
         merges = self._config.scorers[course.scorer].merges
         owners = self._planner.owners if merges else {}
@@ -223,7 +215,7 @@ class CompressedScheduler(Scheduler):
                 planned[done] = directive
                 del course.targets[done]
         if planned:
-            self._exact_tokens.setdefault(request.request_id, exact)
+            self._exact_tokens.setdefault(request.request_id, course.due)
         if not course.targets:
             self._courses[request.request_id] = self._planner.next(
                 request, course.settings, request.num_computed_tokens, course.due
