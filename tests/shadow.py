@@ -43,9 +43,9 @@ class Life:
     """A request on the worker, from an admission until it is removed.
 
     Its latest step began with token ``began``, and the last ``drafted`` of its tokens
-    may be wrong. ``slots[group][position]`` says what the KV of a token is: ``(group, link)`` if
-    it is full attention's, ``(group, link, uid)`` if it saw a compressed context. What
-    two layers merged begins with `MERGED` and the uid.
+    may be wrong. ``slots[group][position]`` says what the KV of a token is: ``(group,
+    link)`` if it is full attention's, ``(group, link, uid)`` if it saw a compressed
+    context. What two layers merged begins with `MERGED` and the uid.
     """
 
     uid: int
