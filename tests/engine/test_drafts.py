@@ -27,7 +27,7 @@ SETTINGS = {
     "window": 8,
     "decode": {"interval": 20},
 }
-TIGHT = {"num_gpu_blocks_override": 32, "max_num_batched_tokens": 64}
+TIGHT = {"num_gpu_blocks_override": 22, "max_num_batched_tokens": 64}
 RUNNERS = {
     "v1": "vllm.v1.worker.cpu_model_runner",
     "v2": "vllm.v1.worker.cpu.model_runner",
@@ -140,9 +140,10 @@ def test_runners(
 ) -> None:
     """A draft model sees all tokens, so the model itself guesses wrong sometimes."""
     drafts = {**NGRAM, "method": method}
-    blocks = 32
+    tight = TIGHT
     if method == "draft_model":
-        drafts, blocks = {"method": method, "model": str(llama)}, 48
+        drafts = {"method": method, "model": str(llama)}
+        tight = {**TIGHT, "num_gpu_blocks_override": 48}
     drafted = served(
         tmp_path,
         llama,
@@ -150,7 +151,7 @@ def test_runners(
         drafts,
         runner=runner,
         asynchronous=asynchronous,
-        **{**TIGHT, "num_gpu_blocks_override": blocks},
+        **tight,
     )
     assert drafted["preempted"] > 0
 

@@ -66,7 +66,7 @@ SEAMS = (
     ),
     Seam(
         _SCHEDULER + "_reserve_prefill_lookahead",
-        "overridden: ends a chunk at the prompt's end",
+        "overridden: ends a chunk at the prompt's end, and drafts before a window",
         "schedulers may bound a chunk per request",
         ("request", "num_computed_tokens", "num_new_tokens"),
     ),

@@ -13,7 +13,8 @@ from .page_formats import QUANTISED, UNQUANTISED, has_scales
 from .pruner import PRUNABLE
 from .worker import WORKERS
 
-# Whose drafts need no layers among the model's own; their KV would be a group each.
+# Ways to draft. EAGLE and its like add a layer or two; a KV cache group of theirs would
+# have vLLM cut all other groups down to as many.
 DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 
 

@@ -35,7 +35,8 @@ class _Runner:
 
     def drafting_layers(self: Any) -> set[str]:
         """Names of layers that are not the model's own, but a draft model's."""
-        if self.vllm_config.speculative_config is None:
+        drafts = self.vllm_config.speculative_config
+        if drafts is None or not drafts.uses_draft_model():
             return set()
         own = {*self.get_model().modules()}
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -104,10 +105,7 @@ class RunnerV1(_Runner):
         """A draft model's layers come first: it reads the first group's rows."""
         specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
         drafting = self.drafting_layers()
-        return {
-            name: specs[name]
-            for name in sorted(specs, key=lambda name: name not in drafting)
-        }
+        return dict(sorted(specs.items(), key=lambda item: item[0] not in drafting))
 
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
