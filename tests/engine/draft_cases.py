@@ -48,7 +48,7 @@ def _serve(model: str, case: dict[str, Any], engine_args: dict[str, Any]) -> Any
     with engine(Path(model), **settings) as llm:
         before, preempted = free_blocks(llm), preemptions(llm)
         first = _answers(llm, case["lengths"], case["count"])
-        again = _answers(llm, case["lengths"], case["count"])
+        again = _answers(llm, case["lengths"][::-1], case["count"])
         counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
         return {

@@ -18,7 +18,7 @@ from tests.matrix import METHODS
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 CASES = Path(__file__).with_name("draft_cases.py")
-LENGTHS = [500, 131, 64, 330, 227, 96]
+LENGTHS = [500, 131, 64, 330, 227, 96, 90, 70]
 COUNT = 60
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
 SETTINGS = {
@@ -70,17 +70,18 @@ def served(
     kind = "CompressedAsyncScheduler" if asynchronous else "CompressedScheduler"
     assert drafted["scheduler"] == kind
     assert drafted["runner"] == RUNNERS[runner]
-    for turn in ("first", "again"):
+    for turn, lengths in (("first", LENGTHS), ("again", LENGTHS[::-1])):
         for length, mine, theirs in zip(
-            LENGTHS, drafted[turn]["tokens"], plain[turn]["tokens"], strict=True
+            lengths, drafted[turn]["tokens"], plain[turn]["tokens"], strict=True
         ):
             assert mine == theirs, (turn, length)
     assert plain["drafted"] == 0
     assert 0 < drafted["accepted"] < drafted["drafted"]
     assert plain["leaked"] == drafted["leaked"] == 0
-    assert plain["stats"]["compressions"] > len(LENGTHS)
+    assert plain["stats"]["compressions"] > 0
     assert plain["again"]["cached"] > 0
     if not drafted["preempted"]:
+        assert drafted["again"]["cached"] == plain["again"]["cached"]
         for what in ("compressions", "tokens_evicted", "tokens_merged"):
             assert drafted["stats"][what] == plain["stats"][what]
     return drafted
@@ -143,7 +144,7 @@ def test_runners(
     tight = TIGHT
     if method == "draft_model":
         drafts = {"method": method, "model": str(llama)}
-        tight = {**TIGHT, "num_gpu_blocks_override": 48}
+        tight = {**TIGHT, "num_gpu_blocks_override": 42}
     drafted = served(
         tmp_path,
         llama,
