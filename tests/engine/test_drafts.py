@@ -106,7 +106,7 @@ COURSES: dict[str, dict[str, Any]] = {
         "prefill": "incremental",
         "prefill_interval": 96,
     },
-    "layers": {"method": "pyramidkv", "budget": 96, "decode": {"interval": 20}},
+    "layers": {**SETTINGS, "method": "pyramidkv", "layers_per_tier": 1},
     "pruning": {"method": "pyramidinfer"},
     "uneven heads": {"method": "ada_snapkv", "budget": 96, "decode": {"interval": 40}},
     "no window": {
