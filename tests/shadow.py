@@ -42,9 +42,10 @@ def answer(tokens: list[int]) -> int:
 class Life:
     """A request on the worker, from an admission until it is removed.
 
-    ``slots[group][position]`` says what the KV of a token is: ``(group, link)`` if
-    it is full attention's, ``(group, link, uid)`` if it saw a compressed context. What
-    two layers merged begins with `MERGED` and the uid.
+    Its latest step began with token ``began``, and the last ``drafted`` of its tokens
+    may be wrong. ``slots[group][position]`` says what the KV of a token is: ``(group,
+    link)`` if it is full attention's, ``(group, link, uid)`` if it saw a compressed
+    context. What two layers merged begins with `MERGED` and the uid.
     """
 
     uid: int
@@ -52,12 +53,15 @@ class Life:
     prompt: int
     slots: list[list[Slot]]
     computed: int = 0
+    drafted: int = 0
+    began: int = 0
     kept: dict[int, Compress] = field(default_factory=dict)
     private: dict[int, list[Slot]] = field(default_factory=dict)
 
     def compute(self, tokens: int, pruned: bool = False) -> range:
         """Go on by some tokens, and return their positions."""
         new = range(self.computed, self.computed + tokens)
+        self.began = new.start
         require(new.stop <= len(self.tokens), "a token is scheduled that is unknown")
         mark = (self.uid,) if self.kept or pruned else ()
         links = chain(self.tokens)[new.start : new.stop]
@@ -65,6 +69,26 @@ class Life:
             slots += [(group, link, *mark) for link in links]
         self.computed = new.stop
         return new
+
+    def draft(self, tokens: int, hopeless: bool) -> None:
+        """Guess the next tokens, some of them right."""
+        for _ in range(tokens):
+            right = answer(self.tokens)
+            wrong = hopeless or chain(self.tokens)[-1] % 3 == 0
+            self.tokens.append((right + wrong) % VOCAB)
+        self.drafted = tokens
+
+    def sample(self) -> list[int]:
+        """Judge the drafts, forget what follows a wrong one, and answer."""
+        known = len(self.tokens) - self.drafted
+        end = known
+        while end < len(self.tokens) and self.tokens[end] == answer(self.tokens[:end]):
+            end += 1
+        self.tokens[end:] = [answer(self.tokens[:end])]
+        self.computed = end
+        for slots in self.slots:
+            del slots[end:]
+        return self.tokens[known:]
 
     def pack(self, group: int, do: Compress) -> None:
         """Say what private blocks hold from now on, the i-th token chosen as ``-i``."""

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from tests.shadow import BLOCK, Layer, Life, Slot, answer, require
+from tests.shadow import BLOCK, Layer, Life, Slot, require
 from tests.shadow_executor import Executor
 from vllm_kvcompress.config import KEY, KVCompressionConfig
 from vllm_kvcompress.engine.runner import RunnerV1
@@ -170,8 +170,13 @@ class Worker:
             rows = SimpleNamespace(req_ids=batch, num_scheduled_tokens=counts)
             self.prepare_attn(rows)
         queries = []
+        admitted = {new.req_id for new in out.scheduled_new_reqs}
+        admitted |= out.scheduled_cached_reqs.resumed_req_ids
         for request_id, tokens in zip(batch, counts.tolist(), strict=True):
             life, row = self.lives[request_id], self.rows[request_id]
+            # One that is just admitted has no drafts; vLLM pads its chunk.
+            drafts = len(out.scheduled_spec_decode_tokens.get(request_id, ()))
+            life.draft(drafts, request_id in admitted)
             groups = self.compression._plan.compress.get(request_id, {})
             pruned = {group: do for group, do in groups.items() if do.pruned}
             for position in life.compute(tokens, bool(pruned)):
@@ -282,6 +287,6 @@ class Worker:
         batch, sampled = list(self.input_batch.req_ids), []
         for life in (self.lives[request_id] for request_id in batch):
             whole = life.computed == len(life.tokens)
-            sampled.append([answer(life.tokens)] if whole else [])
-            life.tokens += sampled[-1]
+            require(whole or not life.drafted, "drafts in the middle of a prompt")
+            sampled.append(life.sample() if whole else [])
         return ModelRunnerOutput(batch, {r: i for i, r in enumerate(batch)}, sampled)

@@ -41,6 +41,7 @@ def boot(*, v2: bool) -> Switches:
     if v2:
         _offer_triton()
         _mend_rounding()
+        _mend_masks()
     _stub_streams()
     return _loosen_platform()
 
@@ -67,6 +68,24 @@ def _mend_rounding() -> None:
         return rounded.view(torch.uint8).numpy()
 
     interpreter._convert_float = _convert_float
+
+
+def _mend_masks() -> None:
+    """The interpreter makes integers of some truth values, and takes no such mask."""
+    from triton.runtime import interpreter
+
+    def with_truth(name: str, place: int) -> None:
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def masked(*args: Any) -> Any:
+            handle = args[place]
+            mask = interpreter.TensorHandle(handle.data.astype(bool), handle.dtype)
+            return original(*args[:place], mask, *args[place + 1 :])
+
+        setattr(interpreter.InterpreterBuilder, name, masked)
+
+    with_truth("create_masked_load", 2)
+    with_truth("create_masked_store", 3)
 
 
 class _Stream:

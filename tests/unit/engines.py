@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
@@ -59,6 +59,13 @@ def configs(load: Workload) -> tuple[VllmConfig, KVCacheConfig]:
     scheduler.long_prefill_token_threshold = load.long_prefill
     scheduler.max_num_seqs = load.max_seqs
     scheduler.scheduler_reserve_full_isl = load.reserve
+    if load.drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=load.drafts,
+            target_model_config=config.model_config,
+            target_parallel_config=config.parallel_config,
+        )
     common = dict(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     most_tokens = KVCompressionConfig.from_dict(load.settings).most_tokens
     tiers, specs = load.tiers(), []

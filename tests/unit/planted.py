@@ -12,7 +12,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from tests.simulator import Worker
-from vllm_kvcompress.engine.course import Planner
+from vllm_kvcompress.engine import scheduler
+from vllm_kvcompress.engine.course import Course, Planner
 from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.manager import CompressedKVManager
 from vllm_kvcompress.engine.observation import ObservationWindow
@@ -237,7 +238,7 @@ def _keep_rows(_: Callable[..., Any]) -> Callable[..., Any]:
 MANAGER, SCHEDULER = CompressedKVManager, CompressedScheduler
 EXECUTOR = CompressionExecutor
 # What goes wrong -> where it is planted, and where to look first.
-PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
+PLANTED: dict[str, tuple[Any, str, Planted, dict[str, Any]]] = {
     "compaction in place": (MANAGER, "_private_blocks", _compact_in_place, {}),
     "stolen hash kept": (
         MANAGER,
@@ -290,6 +291,18 @@ PLANTED: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         "_reserve_prefill_lookahead",
         _cross,
         {"incremental": True},
+    ),
+    "drafts where a window is": (
+        Course,
+        "firm",
+        lambda _: property(lambda self: self.due),
+        {"drafts": 3, "caching": False},
+    ),
+    "drafts taken for tokens": (
+        scheduler,
+        "_certain",
+        lambda _: lambda request, num_computed_tokens: request.num_tokens_with_spec,
+        {"drafts": 3, "decode": True},
     ),
     "no retry": (
         SCHEDULER,

@@ -147,7 +147,7 @@ MERGES: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
         MANAGER,
         "reserve",
         _unhash_what_is_reserved,
-        {"caching": True, "spare_blocks": 0},
+        {"caching": True, "spare_blocks": 0, "drafts": 0, "lookahead": False},
     ),
     "factors kept": (SharingRows, "forget", _keep_factors, {}),
     "factors kept for a step": (

@@ -11,6 +11,7 @@ from vllm_kvcompress import register
 from vllm_kvcompress.config import ConfigError
 
 SETTINGS = {"method": "snapkv", "budget": 256, "window": 32}
+CUSTOM = {"method": "custom_class", "model": "somewhere.Proposer"}
 MINICACHE = {"method": "minicache", "over": "snapkv", "budget": 256}
 
 
@@ -58,6 +59,48 @@ def test_accepted(model: Path) -> None:
     assert config.additional_config["kv_compression"]["kernel_size"] == 7
 
 
+def test_drafts_are_accepted(model: Path) -> None:
+    drafts = {"num_speculative_tokens": 2}
+    for source in ({"method": "ngram"}, {"method": "draft_model", "model": str(model)}):
+        config = _config(model, speculative_config={**drafts, **source})
+        assert config.num_speculative_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "draft", "v2", "refused"),
+    [
+        (["a.0", "a.1"], ["d.0", "d.1"], False, False),
+        (["a.0", "a.1"], ["d.0"], False, False),
+        (["a.0"], ["d.0", "d.1"], False, True),
+        (["a.0"], ["d.0", "d.1"], True, False),
+    ],
+)
+def test_draft_models_have_one_group(
+    monkeypatch: pytest.MonkeyPatch,
+    layers: list[str],
+    draft: list[str],
+    v2: bool,
+    refused: bool,
+) -> None:
+    register()
+    from vllm_kvcompress.engine import layers as seam
+    from vllm_kvcompress.engine.spec import CompressedAttentionSpec, DraftAttentionSpec
+
+    monkeypatch.setattr(seam, "_unsupported", lambda layer: None)
+    named = {name.replace(".", "_"): 2 for name in (*layers, *draft)}
+    config = _model("snapkv", "FLASH_ATTN", **named)
+    config.use_v2_model_runner = v2
+    if refused:
+        with pytest.raises(ConfigError, match="2 layers are cut to groups of 1"):
+            seam.compress_layers(config, draft)
+        return
+    seam.compress_layers(config, draft)
+    found = config.compilation_config.static_forward_context
+    for name, layer in found.items():
+        expected = DraftAttentionSpec if name in draft else CompressedAttentionSpec
+        assert type(layer.get_kv_cache_spec(config)) is expected
+
+
 @pytest.mark.parametrize(
     ("settings", "kwargs", "words"),
     [
@@ -66,8 +109,8 @@ def test_accepted(model: Path) -> None:
         (MINICACHE, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
         (
             {},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["speculative decoding", "--speculative-config"],
+            {"speculative_config": {**CUSTOM, "num_speculative_tokens": 2}},
+            ["speculative decoding by custom_class", "ngram", "--speculative-config"],
         ),
         ({}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
         (

@@ -44,6 +44,8 @@ HAPPENS = [
     "generated tokens merge",
     "selected, then merged",
     "told",
+    "drafts accepted",
+    "drafts rejected",
 ]
 
 

@@ -46,6 +46,8 @@ class Workload:
         groups: A letter for each KV cache group: C compressed, W sliding window.
             Where budgets differ by layer, each C is a tier.
         disturbances: ``(step, what, which request)``.
+        drafts: The most that a step verifies of each request, and
+        lookahead: whether the drafting model writes KV for them.
     """
 
     settings: dict[str, Any]
@@ -61,6 +63,8 @@ class Workload:
     max_seqs: int = 6
     spare_blocks: int = 0
     reserve: bool = True
+    drafts: int = 0
+    lookahead: bool = False
 
     @property
     def room(self) -> int:
@@ -273,6 +277,8 @@ def workloads(
         "max_seqs": st.integers(1, 6),
         "spare_blocks": st.sampled_from([0, 0, 0, 2, 6, 20]),
         "reserve": st.just(False) if incremental else st.booleans(),
+        "drafts": st.sampled_from([0, 0, 1, 3, 5]),
+        "lookahead": st.booleans(),
     }
     rest = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
     disturbances = draw(st.lists(events, max_size=4))

@@ -66,7 +66,7 @@ SEAMS = (
     ),
     Seam(
         _SCHEDULER + "_reserve_prefill_lookahead",
-        "overridden: ends a chunk at the prompt's end",
+        "overridden: ends a chunk at the prompt's end, and drafts before a window",
         "schedulers may bound a chunk per request",
         ("request", "num_computed_tokens", "num_new_tokens"),
     ),
@@ -174,6 +174,13 @@ SEAMS = (
         "overridden: less by what the factors of merged pages take",
         "a KV cache spec may ask for memory beside its pages",
     ),
+    Seam(
+        _V1 + "get_kv_cache_spec",
+        "overridden: a draft model's layers are the first group, whose rows it reads",
+        "V1 gives DraftModelProposer the metadata of its own group",
+    ),
+    Seam(_V1 + "get_model", "called: other layers are a draft model's", _LAYER),
+    Seam(_V2 + "get_model", "called: other layers are a draft model's", _LAYER),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
         _V1 + "_update_states",

@@ -42,6 +42,11 @@ class Course:
     prune: bool = False
     dry: bool = False
 
+    @property
+    def firm(self) -> int:
+        """Tokens from here on must be computed, and only once, before it is due."""
+        return self.due - max(self.window, 1)
+
 
 class Planner:
     """Works out the courses of requests on one engine."""

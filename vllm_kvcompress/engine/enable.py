@@ -13,6 +13,10 @@ from .page_formats import QUANTISED, UNQUANTISED, has_scales
 from .pruner import PRUNABLE
 from .worker import WORKERS
 
+# Ways to draft. EAGLE and its like add a layer or two; a KV cache group of theirs would
+# have vLLM cut all other groups down to as many.
+DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+
 
 def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     """Choose the compressing scheduler and worker.
@@ -67,6 +71,7 @@ def _refusals(
         and not (uneven and has_scales(name))
     ]
     prunes = any(scorer.prunes for scorer in config.scorers.values())
+    drafts = getattr(vllm_config.speculative_config, "method", None)
     checks = [
         (model.runner_type != "generate", "pooling models", drop),
         (model.is_encoder_decoder, "encoder-decoder models", drop),
@@ -102,9 +107,9 @@ def _refusals(
             "drop --kv-transfer-config and --kv-offloading-size",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "speculative decoding",
-            "drop --speculative-config",
+            drafts not in (None, *DRAFTS),
+            f"speculative decoding by {drafts}",
+            f"use {', '.join(DRAFTS[:-1])} or {DRAFTS[-1]} in --speculative-config",
         ),
         (
             scheduler.disable_hybrid_kv_cache_manager is True,

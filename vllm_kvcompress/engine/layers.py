@@ -1,6 +1,6 @@
 """Which attention layers of a loaded model are compressed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from ..ops.pages import PagedKeys
 from .one_head import BACKENDS, LAYOUT, head_major
 from .page_formats import has_scales
 from .shared_pages import READERS, scale_dtype
-from .spec import CompressedAttentionSpec
+from .spec import CompressedAttentionSpec, DraftAttentionSpec
 
 
-def compress_layers(vllm_config: VllmConfig) -> None:
+def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> None:
     """Give full-attention layers the compressed spec; leave all others alone.
 
     Only these layer objects change, no class of vLLM does.
+
+    Args:
+        vllm_config: Of the engine; its model is loaded.
+        drafting: Names of a draft model's layers, whose KV stays whole.
 
     Raises:
         ConfigError: A full-attention layer works in a way that is not supported, or
@@ -38,7 +42,8 @@ def compress_layers(vllm_config: VllmConfig) -> None:
     uneven = any(scorer.uneven for scorer in config.scorers.values())
     if uneven:
         _check_layout(config.method)
-    layers = _owners(vllm_config)
+    owners = _owners(vllm_config)
+    layers = [layer for layer in owners if layer.layer_name not in drafting]
     for layer in layers:
         for reader in layer.kv_readers:
             if reason := _unsupported(reader):
@@ -59,14 +64,22 @@ def compress_layers(vllm_config: VllmConfig) -> None:
         # Factors are applied to what 8-bit queries find only if these have no scale.
         layers[deep].query_quant = None
     # Models build their layers from the bottom up.
-    most_tokens = config.most_tokens
-    for tier in config.tiers(len(layers)):
+    most_tokens, tiers = config.most_tokens, config.tiers(len(layers))
+    for tier in tiers:
         for index in tier:
             layer = layers[index]
             layer.compressed_index = index
-            layer.get_kv_cache_spec = _Compressed(
-                layer.get_kv_cache_spec, tier=tier, most_tokens=most_tokens
+            layer.get_kv_cache_spec = _Replaced(
+                layer.get_kv_cache_spec,
+                CompressedAttentionSpec,
+                tier=tier,
+                most_tokens=most_tokens,
             )
+    drafters = [layer for layer in owners if layer.layer_name in drafting]
+    if drafters:
+        _check_drafters(vllm_config, len(drafters), tiers)
+    for layer in drafters:
+        layer.get_kv_cache_spec = _Replaced(layer.get_kv_cache_spec, DraftAttentionSpec)
 
 
 def reads_from(layer: Any) -> str | None:
@@ -118,6 +131,24 @@ def _check_scales(layer: Any) -> None:
             f"{KEY}: the attention backend {backend} does not work with "
             f"--kv-cache-dtype {layer.kv_cache_dtype}; give "
             "--attention-backend TRITON_ATTN or --kv-cache-dtype fp8"
+        )
+
+
+def _check_drafters(
+    vllm_config: VllmConfig, drafters: int, tiers: Sequence[Sequence[int]]
+) -> None:
+    """Look whether a draft model's layers will be one KV cache group.
+
+    vLLM cuts groups down to the smallest, or pads them to one that is little larger.
+    """
+    sizes = [*map(len, tiers), drafters]
+    size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
+    if drafters > size and not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            f"{KEY}: vLLM's V1 runner wants the KV of a draft model in one group, and "
+            f"{drafters} layers are cut to groups of {size} here; use a draft model "
+            "with fewer layers, raise layers_per_tier, or set "
+            "VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 
@@ -223,16 +254,17 @@ def rate(
     return scores
 
 
-class _Compressed:
-    """A layer's ``get_kv_cache_spec`` whose answer is the compressed spec."""
+class _Replaced:
+    """A layer's ``get_kv_cache_spec`` whose answer is one of our specs."""
 
-    def __init__(self, get_kv_cache_spec: Any, **fields: Any) -> None:
-        self._get = get_kv_cache_spec
+    def __init__(
+        self, get_kv_cache_spec: Any, spec: type[FullAttentionSpec], **fields: Any
+    ) -> None:
+        self._get, self._spec = get_kv_cache_spec, spec
         self._fields = fields
 
     def __call__(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        spec = self._get(vllm_config)
-        return replace_as(spec, CompressedAttentionSpec, **self._fields)
+        return replace_as(self._get(vllm_config), self._spec, **self._fields)
 
 
 def _unsupported(layer: Any) -> str | None:

@@ -33,6 +33,15 @@ class _Runner:
     _read_row: Any
     _write_row: Any
 
+    def drafting_layers(self: Any) -> set[str]:
+        """Names of layers that are not the model's own, but a draft model's."""
+        drafts = self.vllm_config.speculative_config
+        if drafts is None or not drafts.uses_draft_model():
+            return set()
+        own = {*self.get_model().modules()}
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return {name for name, layer in layers.items() if layer not in own}
+
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         vllm_config = self.vllm_config
@@ -91,6 +100,12 @@ class _Runner:
 
 class RunnerV1(_Runner):
     """Over vLLM's V1 runner, whose batch rows move."""
+
+    def get_kv_cache_spec(self: Any) -> dict[str, Any]:
+        """A draft model's layers come first: it reads the first group's rows."""
+        specs: dict[str, Any] = super().get_kv_cache_spec()  # type: ignore[misc]
+        drafting = self.drafting_layers()
+        return dict(sorted(specs.items(), key=lambda item: item[0] not in drafting))
 
     def _update_states(self: Any, scheduler_output: Any) -> Any:
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids

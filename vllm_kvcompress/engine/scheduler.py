@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, StepPlan
@@ -137,8 +137,10 @@ class CompressedScheduler(Scheduler):
         self, request: Request
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         if course := self._course(request):
-            hit = 0 if course.prune else course.due - max(course.window, 1)
-            self._hit_limit = hit
+            self._hit_limit = 0 if course.prune else course.firm
+            if self.num_spec_tokens:
+                # vLLM gives drafts to a chunk of one token, which cannot be cut then.
+                self._hit_limit = max(0, min(self._hit_limit, request.num_tokens - 2))
         try:
             return super()._get_local_prefix_cache_hit(request)
         finally:
@@ -151,18 +153,23 @@ class CompressedScheduler(Scheduler):
 
         A window may straddle chunks; in one chunk it costs one copy per layer, and
         a last chunk of one token need not leave the CUDA graphs of decodes.
+
+        Drafts end before the window: a rejected one has a query, too.
         """
         count = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
         course = self._course(request) if count > 0 else None
-        if course is None:
+        padded = num_computed_tokens + count > request.num_tokens
+        if course is None or (padded and request.status != RequestStatus.RUNNING):
             return count
         missing = course.due - num_computed_tokens
         if missing <= 0:
             # A prompt longer than the KV space may fill it while it waits for private
             # blocks. Token by token it displaces others, until it gets some.
             return 1 if self._config.prefill == "incremental" else count
+        end = max(course.firm, _certain(request, num_computed_tokens))
+        count = min(count, end - num_computed_tokens)  # 0: until drafts are judged
         if missing <= count:
             return missing
         if course.prune:
@@ -188,8 +195,8 @@ class CompressedScheduler(Scheduler):
             course = self._course(request)
             if course is None:
                 continue
-            end = request.num_computed_tokens
-            start, due = end - count, course.due
+            start, due = request.num_computed_tokens - count, course.due
+            end = min(request.num_computed_tokens, _certain(request, start))
             first, last = max(start, due - course.window), min(end, due)
             if first < last:
                 observe[request_id] = (first - start, last - start)
@@ -206,7 +213,6 @@ class CompressedScheduler(Scheduler):
 
     def _compress(self, request: Request, course: Course) -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
-        computed = request.num_computed_tokens
         planned: dict[int, Compress] = {}
         merges = self._config.scorers[course.scorer].merges
         owners = self._planner.owners if merges else {}
@@ -218,12 +224,12 @@ class CompressedScheduler(Scheduler):
                 planned[done] = directive
                 del course.targets[done]
         if planned:
-            self._exact_tokens.setdefault(request.request_id, computed)
+            self._exact_tokens.setdefault(request.request_id, course.due)
         if told := self._usages.get(request.request_id):
             told.add(planned, dry=bool(course.targets))
         if not course.targets:
             self._courses[request.request_id] = self._planner.next(
-                request, course.settings, computed, course.due
+                request, course.settings, request.num_computed_tokens, course.due
             )
         elif not course.dry:
             course.dry = True
@@ -289,6 +295,16 @@ class CompressedScheduler(Scheduler):
         if stats is not None:
             metrics.attach(stats, self._unsent)
         return stats
+
+
+def _certain(request: Request, num_computed_tokens: int) -> int:
+    """Where the tokens end that no rejected draft takes back.
+
+    Args:
+        request: It may have a step in flight, whose token is not known yet.
+        num_computed_tokens: Where its next step begins, if no draft is rejected.
+    """
+    return request.num_tokens + (num_computed_tokens == request.num_tokens)
 
 
 class CompressedAsyncScheduler(CompressedScheduler, AsyncScheduler):

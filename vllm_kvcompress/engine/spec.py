@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from vllm.config import VllmConfig
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -58,6 +59,32 @@ class CompressedAttentionSpec(FullAttentionSpec):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftAttentionSpec(FullAttentionSpec):
+    """Full attention of a draft model, whose KV stays whole.
+
+    A plain spec would take compressed layers into its group, whose KV then stays, too.
+    """
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merge layers of one group.
+
+        Raises:
+            AssertionError: What vLLM reads as "not the same group".
+        """
+        if any(type(spec) is not cls for spec in specs):
+            raise AssertionError("a draft model's layers form groups of their own")
+        return super().merge(specs)
+
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
+        """Whether all layers are a draft model's."""
+        return all(type(spec) is type(self) for spec in kv_cache_specs.values())
+
+
 # The registry adds vLLM's own specs only while it is empty, so they go first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(CompressedAttentionSpec, CompressedKVManager)
+KVCacheSpecRegistry.register(DraftAttentionSpec, FullAttentionManager)

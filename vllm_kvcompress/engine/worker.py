@@ -29,7 +29,7 @@ class _Worker:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         with backend.registered():
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-        compress_layers(self.vllm_config)
+        compress_layers(self.vllm_config, self.model_runner.drafting_layers())
 
     def determine_available_memory(self: Any) -> int:
         """vLLM's bytes, less those of the factors beside merged pages."""
