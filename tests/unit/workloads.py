@@ -46,6 +46,7 @@ class Workload:
         groups: A letter for each KV cache group: C compressed, W sliding window.
             Where budgets differ by layer, each C is a tier.
         disturbances: ``(step, what, which request)``.
+        stages: Of a pipeline; as many steps are under way at once.
     """
 
     settings: dict[str, Any]
@@ -54,6 +55,7 @@ class Workload:
     groups: str = "C"
     runner: str = "V1"
     asynchronous: bool = False
+    stages: int = 1
     caching: bool = True
     policy: str = "fcfs"
     chunk: int = 64
@@ -61,6 +63,11 @@ class Workload:
     max_seqs: int = 6
     spare_blocks: int = 0
     reserve: bool = True
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that are scheduled before the first one's tokens are known."""
+        return self.stages + self.asynchronous
 
     @property
     def room(self) -> int:
