@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicache": {"start_layer": 0, "over": {"method": "snapkv", "window": 16}},
 }
 # So few that requests are preempted.
-BLOCKS = {"snapkv": 30, "pyramidkv": 120, "minicache": 56}
+BLOCKS = {"snapkv": 22, "pyramidkv": 80, "minicache": 40}
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "minicache": ({"start_layer": 1}, ["merges the layers 1, 2", "start_layer"]),
     "ada_snapkv": (
@@ -79,7 +79,7 @@ def main(model, size, settings, blocks, breaks):
         model,
         skip_tokenizer_init=True,
         dtype="float32",
-        max_model_len=640,
+        max_model_len=448,
         block_size=32,
         num_gpu_blocks_override=int(blocks),
         compilation_config={"backend": "eager"},
@@ -89,15 +89,13 @@ def main(model, size, settings, blocks, breaks):
     )
     llm.collective_rpc(record)
     source = torch.Generator().manual_seed(0)
-    lengths = [500, 90, 231, 300, 411, 330, 290, 350]
-    prompts = [
-        {"prompt_token_ids": torch.randint(0, 512, (n,), generator=source).tolist()}
-        for n in lengths
-    ]
+    lengths = [64, 280, 30, 170, 240, 210, 200]
+    drawn = [torch.randint(0, 512, (n,), generator=source).tolist() for n in lengths]
+    prompts = [{"prompt_token_ids": drawn[0] + tail} for tail in drawn[1:]]
     methods = [settings["method"], *settings.get("request_methods", [])]
     params = [
         SamplingParams(
-            max_tokens=120,
+            max_tokens=64,
             temperature=0.0,
             detokenize=False,
             ignore_eos=True,
@@ -105,10 +103,10 @@ def main(model, size, settings, blocks, breaks):
         )
         for i in range(len(prompts))
     ]
-    rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     stages = [
         sorted({
-            json.dumps([int(name.partition("-")[0]) % len(prompts), *rest])
+            json.dumps([int(name.partition("-")[0]), *rest])
             for name, *rest in stage
         })
         for stage in llm.collective_rpc(seen)
@@ -116,8 +114,8 @@ def main(model, size, settings, blocks, breaks):
     counts = {found.name: found.value for found in llm.get_metrics()
               if hasattr(found, "value")}
     print("@" + json.dumps({
-        "tokens": [list(o.outputs[0].token_ids) for each in rounds for o in each],
-        "cached": [o.num_cached_tokens for each in rounds for o in each],
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
         "preemptions": counts["vllm:num_preemptions"],
         "compressions": counts["vllm:kv_compression_compressions"],
         "stages": stages,
@@ -188,7 +186,7 @@ def test_two_stages_answer_as_one(
     assert staged["tokens"] == alone["tokens"]
     for found in (alone, staged):
         assert found["preemptions"] > 0
-        assert any(found["cached"][8:])
+        assert any(found["cached"])
         assert found["compressions"] > 0
     below, above = staged["stages"]
     assert below

@@ -174,6 +174,16 @@ SEAMS = (
         "overridden: less by what the factors of merged pages take",
         "a KV cache spec may ask for memory beside its pages",
     ),
+    Seam(
+        "vllm.distributed:get_pp_group",
+        "called: counts the layers of stages below, and finds the last one",
+        "a KV cache spec learns of its layer's place in the whole model",
+    ),
+    Seam(
+        "vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT",
+        "compared with: stages but the last share it, so it takes no report",
+        _HOOKS,
+    ),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
         _V1 + "_update_states",
