@@ -89,7 +89,7 @@ def main(model, size, settings, blocks, breaks):
     )
     llm.collective_rpc(record)
     source = torch.Generator().manual_seed(0)
-    lengths = [64, 280, 30, 170, 240, 210, 200]
+    lengths = [64, 280, 240, 210, 200, 30, 40, 50, 60]
     drawn = [torch.randint(0, 512, (n,), generator=source).tolist() for n in lengths]
     prompts = [{"prompt_token_ids": drawn[0] + tail} for tail in drawn[1:]]
     methods = [settings["method"], *settings.get("request_methods", [])]
