@@ -51,6 +51,9 @@ class Worker:
         for layer, spec in zip(self.layers, specs, strict=True):
             if isinstance(spec, CompressedAttentionSpec):
                 layer.compressed_index = spec.tier[0]
+                layer.compressed_layers = sum(
+                    len(getattr(each, "tier", ())) for each in specs
+                )
         config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
         self.device = torch.device("cpu")
         self.compression = Executor(config, self.device)

@@ -214,6 +214,8 @@ def generate(
     prompts: list[list[int]],
     count: int | list[int] = 12,
     each: list[dict[str, Any]] | None = None,
+    priority: list[int] | None = None,
+    lora_request: Any = None,
     **params: Any,
 ) -> list[Answer]:
     """Greedy answers with the log-probabilities of the whole vocabulary.
@@ -223,7 +225,9 @@ def generate(
         prompts: Served at once.
         count: Tokens to generate, of all or of each.
         each: Sampling parameters of each prompt.
-        params: Those of all.
+        priority: Of each prompt, lower is sooner.
+        lora_request: The adapter of all.
+        params: Sampling parameters of all.
 
     Returns:
         One per prompt, or as many as ``n`` says.
@@ -246,7 +250,11 @@ def generate(
         for n, own in zip(counts, each or [{}] * len(prompts), strict=True)
     ]
     outputs = llm.generate(
-        [{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False
+        [{"prompt_token_ids": p} for p in prompts],
+        sampling,
+        use_tqdm=False,
+        priority=priority,
+        lora_request=lora_request,
     )
     answers = []
     for output, completion in ((o, c) for o in outputs for c in o.outputs):

@@ -29,8 +29,15 @@ def vllm(*args):
 
 
 @contextlib.contextmanager
-def serving(model, flags, log):
-    """A client of a server, whose output goes to ``log``."""
+def serving(model, flags, log, patience=300):
+    """A client of a server, whose output goes to ``log``.
+
+    Args:
+        model: Its path.
+        flags: Of ``vllm serve``.
+        log: A path.
+        patience: Seconds that the server may take to start.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,7 +53,7 @@ def serving(model, flags, log):
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=120) as client:
-            wait_until_healthy(client, process, log)
+            wait_until_healthy(client, process, log, patience)
             client.log = log
             yield client
     finally:
@@ -57,8 +64,8 @@ def serving(model, flags, log):
             process.kill()
 
 
-def wait_until_healthy(client, process, log):
-    deadline = time.monotonic() + 300
+def wait_until_healthy(client, process, log, patience):
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:

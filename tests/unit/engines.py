@@ -51,6 +51,8 @@ def configs(load: Workload) -> tuple[VllmConfig, KVCacheConfig]:
     """A workload's engine, with at least the blocks that vLLM insists on."""
     config = copy.copy(base_config())
     config.additional_config = {KEY: load.settings}
+    parallel = config.parallel_config = copy.copy(config.parallel_config)
+    parallel.pipeline_parallel_size = load.stages
     scheduler = config.scheduler_config = copy.copy(config.scheduler_config)
     scheduler.async_scheduling = load.asynchronous
     scheduler.policy = load.policy

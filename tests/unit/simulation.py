@@ -79,8 +79,8 @@ class Run(Checks):
             for what, number in events:
                 if what == "late abort":
                     self.disturb(what, number)
-            depth = 2 if self.load.asynchronous else 1
-            if len(self.queue) == depth or not self.scheduler.has_requests():
+            full = len(self.queue) == self.load.in_flight
+            if full or not self.scheduler.has_requests():
                 self.deliver()
             step += 1
             tokens = sum(r.num_output_tokens for r in self.requests.values())
@@ -126,7 +126,7 @@ class Run(Checks):
             request_id = ids[number % len(ids)]
             self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             # vLLM itself mixes up two requests of one id while a step is in flight.
-            if what == "again" and not self.load.asynchronous:
+            if what == "again" and self.load.in_flight == 1:
                 self.add(int(request_id))
 
     def schedule(self) -> SchedulerOutput:

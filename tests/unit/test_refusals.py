@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from vllm_kvcompress import register
-from vllm_kvcompress.config import ConfigError
+from vllm_kvcompress.config import ConfigError, KVCompressionConfig
 
 SETTINGS = {"method": "snapkv", "budget": 256, "window": 32}
 CUSTOM = {"method": "custom_class", "model": "somewhere.Proposer"}
-MINICACHE = {"method": "minicache", "over": "snapkv", "budget": 256}
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +104,11 @@ def test_draft_models_have_one_group(
     ("settings", "kwargs", "words"),
     [
         ({"budget": 50}, {}, ["budget=50", "at least 63", "--block-size"]),
-        ({}, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
-        (MINICACHE, {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
+        (
+            {"method": "pyramidinfer"},
+            {"pipeline_parallel_size": 2},
+            ["--pipeline-parallel-size 2 and method=pyramidinfer", "prune=false"],
+        ),
         (
             {},
             {"speculative_config": {**CUSTOM, "num_speculative_tokens": 2}},
@@ -156,6 +158,66 @@ def test_refused(
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("backend", "environment", "words"),
+    [
+        ("external_launcher", "1", ["external_launcher", "--pipeline-parallel-size 2"]),
+        ("ray", "0", ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0", "leave it out"]),
+    ],
+)
+def test_executors_that_hide_what_stages_did(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    environment: str,
+    words: list[str],
+) -> None:
+    config = _config(model, {}, pipeline_parallel_size=2)
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "CompressedScheduler"
+    from vllm_kvcompress.engine.enable import enable
+
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", environment)
+    config.scheduler_config.scheduler_cls = None
+    config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
+    config.parallel_config.distributed_executor_backend = backend
+    with pytest.raises(ConfigError) as error:
+        enable(config, KVCompressionConfig.from_dict(SETTINGS))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "words"),
+    [
+        ({"method": "snapkv"}, [0, 1, 2], None),
+        ({"method": "pyramidkv", "layers_per_tier": 6}, [0, 1, 2], None),
+        ({"method": "minicache", "start_layer": 2}, [2, 3], None),
+        ({"method": "minicache"}, [0, 1, 2], None),
+        ({"method": "minicache"}, [3], ["minicache merges the layers 3, 4"]),
+        ({"method": "ada_snapkv", "layers_per_tier": 3}, [0, 1, 2], None),
+        ({"method": "ada_snapkv", "layers_per_tier": 2}, [0, 1, 2], ["layers 2, 3,"]),
+    ],
+    ids=str,
+)
+def test_layers_that_need_one_another_share_a_stage(
+    settings: dict[str, Any], own: list[int], words: list[str] | None
+) -> None:
+    register()
+    from vllm_kvcompress.engine.stages import check_stages
+
+    budget = {} if settings["method"] == "minicache" else {"budget": 256}
+    config = KVCompressionConfig.from_dict({**settings, **budget})
+    layers = dict.fromkeys(own)
+    if words is None:
+        check_stages(config, layers, 6)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_stages(config, layers, 6)
+    for word in [*words, "VLLM_PP_LAYER_PARTITION", "--pipeline-parallel-size 1"]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def _model(method: str, backend: str, **layers: int) -> Any:
     """A configuration for a model with such layers and KV heads, on some backend."""
     import torch
@@ -185,6 +247,7 @@ def _model(method: str, backend: str, **layers: int) -> Any:
     return SimpleNamespace(
         additional_config={"kv_compression": {"method": method}},
         compilation_config=SimpleNamespace(static_forward_context=found),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
 
 

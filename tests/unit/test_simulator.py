@@ -100,6 +100,14 @@ def test_invariants(runner: str, number: int) -> None:
     assert all(seen[what] for what in HAPPENS), seen
 
 
+@pytest.mark.parametrize(("runner", "asynchronous"), [("V1", False), ("V2", True)])
+def test_invariants_in_a_pipeline(runner: str, asynchronous: bool) -> None:
+    fixed = dict(runner=runner, asynchronous=asynchronous, stages=2)
+    seen = explore(100, **fixed)
+    seen += explore(50, merging=True, **fixed)
+    assert all(seen[what] for what in ("while generating", "again", "hits")), seen
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -48,6 +48,7 @@ class Workload:
         disturbances: ``(step, what, which request)``.
         drafts: The most that a step verifies of each request, and
         lookahead: whether the drafting model writes KV for them.
+        stages: Of a pipeline; as many steps are under way at once.
     """
 
     settings: dict[str, Any]
@@ -56,6 +57,7 @@ class Workload:
     groups: str = "C"
     runner: str = "V1"
     asynchronous: bool = False
+    stages: int = 1
     caching: bool = True
     policy: str = "fcfs"
     chunk: int = 64
@@ -65,6 +67,11 @@ class Workload:
     reserve: bool = True
     drafts: int = 0
     lookahead: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that are scheduled before the first one's tokens are known."""
+        return self.stages + self.asynchronous
 
     @property
     def room(self) -> int:

@@ -181,6 +181,16 @@ SEAMS = (
     ),
     Seam(_V1 + "get_model", "called: other layers are a draft model's", _LAYER),
     Seam(_V2 + "get_model", "called: other layers are a draft model's", _LAYER),
+    Seam(
+        "vllm.distributed:get_pp_group",
+        "called: counts the layers of stages below, and finds the last one",
+        "a KV cache spec learns of its layer's place in the whole model",
+    ),
+    Seam(
+        "vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT",
+        "compared with: stages but the last share it, so it takes no report",
+        _HOOKS,
+    ),
     Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
         _V1 + "_update_states",

@@ -4,6 +4,7 @@ vLLM's own settings carry it to every process: the names of our scheduler and
 worker classes. Nothing of vLLM is replaced.
 """
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
@@ -49,6 +50,8 @@ def _refusals(
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    executor = parallel.distributed_executor_backend
     scheduler = vllm_config.scheduler_config
     drop = "start without --kv-compression"
     chunk = min(
@@ -90,9 +93,21 @@ def _refusals(
             "drop that flag",
         ),
         (
-            parallel.pipeline_parallel_size > 1,
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
-            "use 1",
+            stages > 1 and prunes,
+            f"--pipeline-parallel-size {stages} and method={config.method}, which "
+            "prunes layers",
+            "use 1, or add prune=false, which drops their KV only",
+        ),
+        (
+            stages > 1 and executor == "external_launcher",
+            f"--pipeline-parallel-size {stages} and "
+            f"--distributed-executor-backend {executor}",
+            "use 1, or the backend mp or ray",
+        ),
+        (
+            executor == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
+            "leave it out, or use --distributed-executor-backend mp",
         ),
         (
             parallel.decode_context_parallel_size > 1

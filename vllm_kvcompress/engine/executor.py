@@ -80,13 +80,14 @@ class CompressionExecutor:
             kv_spec = spec.kv_cache_spec
             if not isinstance(kv_spec, CompressedAttentionSpec):
                 continue
-            # vLLM lists the layers that read another's cache as well.
+            # None on a pipeline stage without layers of this group. vLLM lists those
+            # that read another's cache as well.
             named = [layers[name] for name in spec.layer_names]
             own = [layer for layer in named if reads_from(layer) is None]
             rows = RowShift(max_num_reqs, self._device)
             if uneven:
                 rows = HeadPages(max_num_reqs, self._device, kv_spec.num_kv_heads)
-            elif own[0] in pairs:
+            elif own and own[0] in pairs:
                 rows = SharingRows(max_num_reqs, self._device)
                 rows.bind([(pairs[layer], layer) for layer in own], factors)
             group = self._groups[index] = _Group(own, kv_spec.block_size, rows)
@@ -132,6 +133,8 @@ class CompressionExecutor:
             request_ids: Requests in the order of the batch's rows.
             counts: Tokens of each row.
         """
+        if self._plan:
+            raise RuntimeError(f"{KEY}: a step came before the last one's compression")
         self._plan = plan or StepPlan()
         for group in self._groups.values():
             group.rows.begin(request_ids)
@@ -145,6 +148,10 @@ class CompressionExecutor:
             first += int(count)
         if self.pruner:
             self.pruner.begin(self._plan, request_ids, counts, self._spans)
+
+    def drop_plan(self) -> None:
+        """The step's forward has failed."""
+        self._plan = StepPlan()
 
     def end_forward(self) -> None:
         """Later batches are dummies until the next `begin_step`."""
@@ -202,7 +209,7 @@ class CompressionExecutor:
                 rows[index] = read_row(index, request_id, directive.shift, end)
         owners = {directive.owner for directive in groups.values()}
         for index, directive in groups.items():
-            if directive.owner is not None:
+            if directive.owner is not None and self._groups[index].layers:
                 pair = (directive.owner, index)
                 self._merge(request_id, pair, groups, [rows[group] for group in pair])
             elif index not in owners and not directive.pruned:

@@ -23,6 +23,7 @@ from .one_head import BACKENDS, LAYOUT, head_major
 from .page_formats import has_scales
 from .shared_pages import READERS, scale_dtype
 from .spec import CompressedAttentionSpec, DraftAttentionSpec
+from .stages import check_stages, number_layers
 
 
 def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> None:
@@ -43,8 +44,9 @@ def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> 
     if uneven:
         _check_layout(config.method)
     owners = _owners(vllm_config)
-    layers = [layer for layer in owners if layer.layer_name not in drafting]
-    for layer in layers:
+    own = [layer for layer in owners if layer.layer_name not in drafting]
+    layers, num_layers = number_layers(own, vllm_config)
+    for layer in layers.values():
         for reader in layer.kv_readers:
             if reason := _unsupported(reader):
                 raise ConfigError(
@@ -54,21 +56,22 @@ def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> 
             _check_scales(reader)
             if uneven:
                 _read_by_head(reader, config.method)
-    if not layers:
+    if not num_layers:
         raise ConfigError(
             f"{KEY}: this model has no full-attention layer to compress; "
             "start without --kv-compression"
         )
-    _check_pairs(config, layers, vllm_config)
-    for _, deep in config.pairs(len(layers)):
+    check_stages(config, layers, num_layers)
+    pairs = [pair for pair in config.pairs(num_layers) if pair[0] in layers]
+    for shallow, deep in pairs:
+        _check_pair(config, layers[shallow], layers[deep], vllm_config)
         # Factors are applied to what 8-bit queries find only if these have no scale.
         layers[deep].query_quant = None
-    # Models build their layers from the bottom up.
-    most_tokens, tiers = config.most_tokens, config.tiers(len(layers))
+    most_tokens, tiers = config.most_tokens, config.tiers(num_layers)
     for tier in tiers:
-        for index in tier:
+        for index in layers.keys() & set(tier):
             layer = layers[index]
-            layer.compressed_index = index
+            layer.compressed_index, layer.compressed_layers = index, num_layers
             layer.get_kv_cache_spec = _Replaced(
                 layer.get_kv_cache_spec,
                 CompressedAttentionSpec,
@@ -88,7 +91,7 @@ def reads_from(layer: Any) -> str | None:
 
 
 def _owners(vllm_config: VllmConfig) -> list[Any]:
-    """Layers with a full-attention KV cache, from the bottom.
+    """Layers with a full-attention KV cache, as models build them: from the bottom.
 
     Each is given ``kv_readers``, the layers that read its cache, itself among them.
     """
@@ -152,46 +155,47 @@ def _check_drafters(
         )
 
 
-def _check_pairs(
-    config: KVCompressionConfig, layers: Sequence[Any], vllm_config: VllmConfig
+def _check_pair(
+    config: KVCompressionConfig, shallow: Any, deep: Any, vllm_config: VllmConfig
 ) -> None:
-    for pair in config.pairs(len(layers)):
-        shallow, deep = (layers[index] for index in pair)
-        for layer in (shallow, deep):
-            backend = layer.attn_backend.get_name()
-            if backend not in READERS:
-                raise ConfigError(
-                    f"{KEY}: method={config.method} does not work with the attention "
-                    f"backend {backend}; give --attention-backend "
-                    f"{' or '.join(READERS)}, or choose another method"
-                )
-        names = [layer.layer_name for layer in (shallow, deep)]
-        places = [extract_layer_index(name) for name in names]
-        alike = shallow.get_kv_cache_spec(vllm_config) == deep.get_kv_cache_spec(
-            vllm_config
-        )
-        if places[1] - places[0] != 1 or not alike:
+    for layer in (shallow, deep):
+        backend = layer.attn_backend.get_name()
+        if backend not in READERS:
             raise ConfigError(
-                f"{KEY}: method={config.method} cannot merge {' and '.join(names)}, "
-                "which are no neighbours with KV of one shape; choose another method"
+                f"{KEY}: method={config.method} does not work with the attention "
+                f"backend {backend}; give --attention-backend "
+                f"{' or '.join(READERS)}, or choose another method"
             )
-        for layer in (shallow, deep):
-            if len(layer.kv_readers) > 1:
-                raise ConfigError(
-                    f"{KEY}: method={config.method} cannot merge {layer.layer_name}, "
-                    "whose KV other layers read too; choose another method"
-                )
+    names = [layer.layer_name for layer in (shallow, deep)]
+    places = [extract_layer_index(name) for name in names]
+    alike = shallow.get_kv_cache_spec(vllm_config) == deep.get_kv_cache_spec(
+        vllm_config
+    )
+    if places[1] - places[0] != 1 or not alike:
+        raise ConfigError(
+            f"{KEY}: method={config.method} cannot merge {' and '.join(names)}, "
+            "which are no neighbours with KV of one shape; choose another method"
+        )
+    for layer in (shallow, deep):
+        if len(layer.kv_readers) > 1:
+            raise ConfigError(
+                f"{KEY}: method={config.method} cannot merge {layer.layer_name}, "
+                "whose KV other layers read too; choose another method"
+            )
 
 
 def paired_layers(layers: Iterable[Any], config: KVCompressionConfig) -> dict[Any, Any]:
-    """The deep layers of pairs, and the shallow one of each."""
+    """The deep layers of this stage's pairs, and the shallow one of each."""
     by_index = {
         layer.compressed_index: layer
         for layer in layers
         if hasattr(layer, "compressed_index")
     }
-    pairs = config.scorer.layer_pairs(len(by_index))
-    return {by_index[deep]: by_index[shallow] for shallow, deep in pairs}
+    if not by_index:
+        return {}
+    num_layers = next(iter(by_index.values())).compressed_layers
+    pairs = config.scorer.layer_pairs(num_layers)
+    return {by_index[b]: by_index[a] for a, b in pairs if b in by_index}
 
 
 def scale_share(vllm_config: VllmConfig) -> float:
@@ -200,15 +204,17 @@ def scale_share(vllm_config: VllmConfig) -> float:
     They lie beside vLLM's pool, and what they take is taken off it.
     """
     config = KVCompressionConfig.from_dict(vllm_config.additional_config[KEY])
-    layers = vllm_config.compilation_config.static_forward_context.values()
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [la for la in context.values() if hasattr(la, "compressed_index")]
     pairs = paired_layers(layers, config)
     if not pairs:
         return 0.0
-    tiers = config.tiers(sum(hasattr(layer, "compressed_index") for layer in layers))
-    deepest = {deep.compressed_index for deep in pairs}
-    # Tiers have their factors over each other, as they have their pages.
-    scaled = max(len(tier) for tier in tiers if deepest.issuperset(tier))
     deep = next(iter(pairs))
+    # Tiers have their factors over each other, as they have their pages.
+    own = {layer.compressed_index for layer in layers}
+    tiers = [own.intersection(tier) for tier in config.tiers(deep.compressed_layers)]
+    deepest = {deep.compressed_index for deep in pairs}
+    scaled = max(len(tier) for tier in tiers if deepest >= tier)
     spec = customize_attention_spec(
         deep.get_attn_backend(), deep.get_kv_cache_spec(vllm_config)
     )

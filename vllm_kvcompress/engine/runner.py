@@ -4,15 +4,25 @@ A worker's runner object is given a class derived from its own, so other runners
 in the process stay vLLM's.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    ModelRunnerOutput,
+)
 
 from ..config import KEY, KVCompressionConfig
 from ..plan import Counters, StepPlan
 from . import compat
 from .executor import CompressionExecutor
+
+logger = init_logger("vllm.plugins.kv_compression")
 
 
 def compress_runner(runner: Any, config: KVCompressionConfig) -> None:
@@ -22,6 +32,7 @@ def compress_runner(runner: Any, config: KVCompressionConfig) -> None:
     compat.check_runner(use_v2)
     version = RunnerV2 if use_v2 else RunnerV1
     runner.__class__ = type(f"Compressed{base.__name__}", (version, base), {})
+    runner._answers = get_pp_group().is_last_rank and get_tp_group().is_first_rank
     runner.compression = CompressionExecutor(config, torch.device(runner.device))
 
 
@@ -30,6 +41,7 @@ class _Runner:
 
     compression: CompressionExecutor
     _plan: StepPlan | None = None
+    _answers = True
     _read_row: Any
     _write_row: Any
 
@@ -63,6 +75,7 @@ class _Runner:
             {
                 i: groups[0].metadata_builders[0]
                 for i, groups in enumerate(self.attn_groups)
+                if groups
             },
         )
 
@@ -76,11 +89,22 @@ class _Runner:
             )
         except BaseException:
             # vLLM samples nevertheless, and then reports this error, not ours.
-            self.compression.begin_step(None, (), ())
+            self.compression.drop_plan()
             raise
         finally:
             self._plan = None
             self.compression.end_forward()
+
+    @contextlib.contextmanager
+    def _unless_failed(self) -> Iterator[None]:
+        """Let no error pass unheard: vLLM reads what one of all workers answers."""
+        try:
+            yield
+        except Exception:
+            if self._answers:
+                raise
+            logger.exception("KV compression failed in this worker, which ends here")
+            raise SystemExit(1) from None
 
     def _observes(self) -> bool:
         """Whether queries must be seen in this step: full CUDA graphs hide them."""
@@ -89,8 +113,10 @@ class _Runner:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample first: compression is then off the time to first token."""
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        report = self.compression.finish_step(self._read_row, self._write_row)
-        if not report.compressions:
+        with self._unless_failed():
+            report = self.compression.finish_step(self._read_row, self._write_row)
+        # What stages but the last answer is one object, and goes nowhere.
+        if not report.compressions or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return _Reported(output, report)
@@ -127,9 +153,10 @@ class RunnerV1(_Runner):
     def _prepare_inputs(
         self: Any, scheduler_output: Any, num_scheduled_tokens: Any
     ) -> Any:
-        self.compression.begin_step(
-            self._plan, self.input_batch.req_ids, num_scheduled_tokens
-        )
+        with self._unless_failed():
+            self.compression.begin_step(
+                self._plan, self.input_batch.req_ids, num_scheduled_tokens
+            )
         return super()._prepare_inputs(  # type: ignore[misc]
             scheduler_output, num_scheduled_tokens
         )
@@ -168,9 +195,10 @@ class RunnerV2(_Runner):
 
     def prepare_attn(self: Any, input_batch: Any) -> Any:
         """vLLM calls this for real batches only."""
-        self.compression.begin_step(
-            self._plan, input_batch.req_ids, input_batch.num_scheduled_tokens
-        )
+        with self._unless_failed():
+            self.compression.begin_step(
+                self._plan, input_batch.req_ids, input_batch.num_scheduled_tokens
+            )
         return super().prepare_attn(input_batch)  # type: ignore[misc]
 
     def _read_row(
