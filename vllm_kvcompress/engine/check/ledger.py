@@ -191,7 +191,9 @@ class Ledger:
             number = block.block_id
             require(times == wanted, "block", number, "is free", times, "times")
         count = self._pool.get_num_free_blocks()
-        require(len(queue) == count, "the pool counts", count, "free blocks", len(queue))
+        require(
+            len(queue) == count, "the pool counts", count, "free blocks", len(queue)
+        )
         self._check_hashes()
 
     def _holders(self, number: int) -> str:

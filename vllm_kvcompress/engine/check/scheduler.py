@@ -39,7 +39,7 @@ class _StaleBlocks:
     """Notes which blocks of a pool nobody may read before they are written again."""
 
     def __init__(self, pool: Any) -> None:
-        self._numbers: set[int] = set()
+        self._numbers = {pool.null_block.block_id}
         take, give_back = pool.get_new_blocks, pool.free_blocks
 
         def get_new_blocks(count: int) -> list[KVCacheBlock]:

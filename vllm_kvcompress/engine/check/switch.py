@@ -18,7 +18,7 @@ class Switch:
 
     Attributes:
         every: Each step of so many.
-        poison: Whether blocks that nobody may read are filled with NaN.
+        poison: Whether blocks that nobody may read are filled with huge values.
     """
 
     every: int = 1
@@ -40,6 +40,6 @@ class Switch:
             return cls(int(value))
         raise ConfigError(
             f"{VARIABLE}={value!r} is not possible; use 1 to check every step, "
-            "N to check every N-th, poison to also fill free blocks with NaN, "
-            "or unset it"
+            "N to check every N-th, poison to also fill stale blocks with huge "
+            "values, or unset it"
         )

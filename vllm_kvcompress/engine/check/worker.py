@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ...plan import Counters, StepPlan
 from .. import executor as executing
 from .. import uneven
 from .. import worker as workers
-from ...plan import Counters, StepPlan
 from ..executor import CompressionExecutor, ReadRow, WriteRow
 from ..layout import kernel_blocks
+from ..page_formats import VALUES, pages_of
 from .ledger import require
 from .scheduler import Expected
 
@@ -36,10 +37,8 @@ class _CheckedRunner:
         for index, groups in enumerate(self.attn_groups):
             for builder in (b for g in groups for b in g.metadata_builders):
                 if hasattr(builder, "row_shift"):
-                    _derive(builder, _CheckedBuilder)
-                    builder.compression = self.compression
-                    builder.group = index
-                    builder.block_size = specs[index].kv_cache_spec.block_size
+                    size = specs[index].kv_cache_spec.block_size
+                    _Rows(builder, self.compression, index, size)
 
     def execute_model(
         self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
@@ -53,16 +52,24 @@ class _CheckedRunner:
         )
 
     def _poison(self: Any, stale: list[int]) -> None:
-        """Fill blocks with NaN, or with the byte of 8-bit floats that is NaN."""
-        blocks = torch.tensor(stale, device=self.device)
+        """Let blocks answer every query, and with something huge.
+
+        Not NaN: vLLM's kernel for processors multiplies values behind a row's end by 0.
+        """
+        stale_blocks = torch.tensor(stale, device=self.device)
         context = self.vllm_config.compilation_config.static_forward_context
         for index, group in enumerate(self.kv_cache_config.kv_cache_groups):
             if self.compression.row_shift(index) is None:
                 continue
             for layer in (context[name] for name in group.layer_names):
-                cache, size = layer.kv_cache, group.kv_cache_spec.block_size
-                value = torch.nan if cache.is_floating_point() else 0x7F
-                cache[kernel_blocks(blocks, size // cache.shape[2])] = value
+                cache, pages = layer.kv_cache, pages_of(layer)
+                split = group.kv_cache_spec.block_size // cache.shape[2]
+                blocks = kernel_blocks(stale_blocks, split)
+                huge = pages.take(VALUES, blocks)
+                floats = huge.is_floating_point()
+                huge.fill_(torch.finfo(huge.dtype).max if floats else 0x7E)
+                cache[blocks] = 0  # keys like this one suit no query badly
+                pages.write(VALUES, blocks, huge)
 
 
 class _CheckedExecutor(CompressionExecutor):
@@ -95,36 +102,48 @@ class _CheckedExecutor(CompressionExecutor):
         return report
 
 
-class _CheckedBuilder:
-    """Mixed into a metadata builder of ours: what attention is about to see."""
+class _Rows:
+    """What attention is about to see of one group: around its builder's ``build``.
 
-    compression: _CheckedExecutor
-    group: int
-    block_size: int
+    Args:
+        builder: Of metadata, one of ours.
+        compression: Knows what the scheduler expects.
+        group: KV cache group.
+        block_size: Of the group, kernels may have smaller ones.
+    """
+
+    def __init__(
+        self, builder: Any, compression: _CheckedExecutor, group: int, block_size: int
+    ) -> None:
+        self._builder, self._compression = builder, compression
+        self._group, self._block_size = group, block_size
+        self._build, builder.build = builder.build, self.build
 
     def build(
-        self: Any, prefix: int, common: CommonAttentionMetadata, *args: Any, **kw: Any
+        self, prefix: int, common: CommonAttentionMetadata, *args: Any, **kw: Any
     ) -> Any:
-        found = super().build(prefix, common, *args, **kw)  # type: ignore[misc]
-        if self.compression.expected and self.compression.request_ids:
-            physical = common if self.row_shift is None else self.physical
-            self._check_rows(self.compression.expected, common, physical)
+        """Build the metadata, and look at what they were built of."""
+        found = self._build(prefix, common, *args, **kw)
+        if self._compression.expected and self._compression.request_ids:
+            shifted = self._builder.row_shift is not None
+            physical = self._builder.physical if shifted else common
+            self._check_rows(self._compression.expected, common, physical)
         return found
 
     def _check_rows(
-        self: Any,
+        self,
         expected: Expected,
         common: CommonAttentionMetadata,
         physical: CommonAttentionMetadata,
     ) -> None:
-        size = self.block_size
+        size = self._block_size
         starts = common.query_start_loc_cpu.tolist()
         logical, held = common.seq_lens.tolist(), physical.seq_lens.tolist()
         table, slots = physical.block_table_tensor, common.slot_mapping.tolist()
-        split = size // self.kv_cache_spec.block_size
-        for row, request_id in enumerate(self.compression.request_ids):
-            what = f"request {request_id}, group {self.group}:"
-            shift, blocks = expected.held[request_id][self.group]
+        split = size // self._builder.kv_cache_spec.block_size
+        for row, request_id in enumerate(self._compression.request_ids):
+            what = f"request {request_id}, group {self._group}:"
+            shift, blocks = expected.held[request_id][self._group]
             most = expected.computed[request_id] - shift * size
             fits = most - expected.drafts <= held[row] <= most
             require(fits, what, "attention reads", held[row], "tokens, not", most)
@@ -175,12 +194,13 @@ def _check_selection() -> None:
             _check_kept(own, scores.shape[1])
         return kept
 
-    executing.select, uneven.select_each = checked_select, checked_select_each
+    executing.select = checked_select  # type: ignore[assignment]
+    uneven.select_each = checked_select_each
 
 
 def _check_kept(kept: torch.Tensor, candidates: int) -> None:
     sorted_ = bool((kept.diff() > 0).all())
-    inside = not len(kept) or 0 <= int(kept[0]) and int(kept[-1]) < candidates
+    inside = bool(((kept >= 0) & (kept < candidates)).all())
     require(sorted_ and inside, "kept", kept.tolist(), "of", candidates, "candidates")
 
 
