@@ -47,7 +47,7 @@ def serving(model, flags, log):
     try:
         with httpx.Client(base_url=url, timeout=120) as client:
             wait_until_healthy(client, process, log)
-            client.log = log
+            client.log, client.process = log, process
             yield client
     finally:
         process.send_signal(signal.SIGINT)

@@ -85,6 +85,20 @@ class Ledger:
             found.append((shift, [block.block_id for block in blocks]))
         return found
 
+    def check_read(self, held: dict[str, list[tuple[int, list[int]]]]) -> None:
+        """What a step reads, by `held`, stays while it is computed.
+
+        Raises:
+            Violation: It was freed too early.
+        """
+        for request_id, groups in held.items():
+            for group, (_, numbers) in enumerate(groups):
+                what = _name(request_id, group)
+                for number in numbers:
+                    block = self._pool.blocks[number]
+                    stays = block.is_null or block.ref_cnt > 0
+                    require(stays, what, "block", number, "is read and free")
+
     def check(self, plan: StepPlan) -> None:
         """Check everything after a step was scheduled.
 

@@ -88,6 +88,7 @@ class _Checked:
         self._ledger.note(plan)
         if self._due:
             self._ledger.check(plan)
+            self._ledger.check_read(self._held)
             output.kv_compression_check = Expected(
                 {name: self.requests[name].num_computed_tokens for name in self._held},
                 self._held,
