@@ -28,12 +28,16 @@ def vllm(*args):
     )
 
 
-@contextlib.contextmanager
-def serving(model, flags, log):
-    """A client of a server, whose output goes to ``log``."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(model, flags, log, port=None):
+    """A client of a server, whose output goes to ``log``."""
+    port = port or free_port()
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import psutil
@@ -215,12 +216,11 @@ class Memory:
 
 def soak(requests: int, each: int, seed: int, log: Path) -> Report:
     """Start a server, serve, and report."""
-    os.environ["VLLM_KVCOMPRESS_CHECK"] = str(each)
-    with serving(model_path(), FLAGS, log) as client:
+    bodies, checking = kinds(48), {"VLLM_KVCOMPRESS_CHECK": str(each)}
+    with patch.dict(os.environ, checking), serving(model_path(), FLAGS, log) as client:
         memory = Memory(client.process.pid)
 
         async def run() -> Report:
-            bodies = kinds(48)
             course = Soak(str(client.base_url), bodies)
             async with course.client:
                 await course.learn()

@@ -145,9 +145,9 @@ class Ledger:
 
     def _check_private(self, what: str, block: KVCacheBlock) -> None:
         """No hash leads to a block that was filled, and it is in one request."""
-        require(not block.block_hash, what, "private block", block.block_id, "hashed")
-        single = block.ref_cnt == 1
-        require(single, what, "private block", block.block_id, "is not its own")
+        what = f"{what} private block {block.block_id}"
+        require(not block.block_hash, what, "is hashed")
+        require(block.ref_cnt == 1, what, "is not its own")
 
     def _check_borrowed(
         self,
