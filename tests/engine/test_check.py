@@ -84,7 +84,7 @@ REQUEST = r"request \S+, group 0: "
 FOUND = {
     "freed twice": (
         (CompressedKVManager, "take_pending", _free_twice, {}),
-        r"block \d+ has ref_cnt -1, and nobody holds it",
+        r"block \d+ has ref_cnt (-1|0), and (nobody|group 0 of request \S+) holds it",
     ),
     "a freed block stays in a row": (
         (RunnerV1, "_write_row", _write_nothing, {}),

@@ -213,7 +213,7 @@ class Ledger:
     def _holders(self, number: int) -> str:
         """Requests and groups that hold a block, for a message."""
         found = [
-            _name(request_id, group)
+            f"group {group} of request {request_id}"
             for group, manager in enumerate(self._managers)
             for request_id in {*manager.req_to_blocks}
             if number in self.held(request_id)[group][1]
