@@ -62,7 +62,7 @@ def serving(model, flags, log, port=None):
 
 
 def wait_until_healthy(client, process, log):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:

@@ -10,8 +10,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from ...plan import StepPlan
+from .. import compat
 from ..scheduler import CompressedAsyncScheduler, CompressedScheduler
 from .ledger import Ledger
+from .seams import SEAMS
 from .switch import Switch
 
 logger = init_logger("vllm.plugins.kv_compression")
@@ -67,6 +69,8 @@ class _Checked:
     """Mixed into one of our schedulers."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for seam in SEAMS:
+            compat.resolve(seam)
         super().__init__(*args, **kwargs)
         self._switch = Switch.read() or Switch()
         self._ledger = Ledger(self)
