@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def busy(flags: list[str], log: Path, **body: Any) -> Iterator[tuple[Any, Traffi
         processes = psutil.Process(client.process.pid).children(recursive=True)
         client.processes = processes
         traffic = Traffic(str(client.base_url), {**LONG, **body})
-        if flags is not STOCK and "--kv-compression" in flags:
+        if "--kv-compression" in flags:
             _wait_for_compressions(client)
         yield client, traffic
         _, alive = psutil.wait_procs(processes, timeout=60)
@@ -137,30 +137,39 @@ def stopped(flags: list[str], log: Path, **body: Any) -> Outcome:
         return Outcome(traffic.ends(), client.process.wait(PATIENCE))
 
 
+def both(
+    course: Callable[..., Outcome], folder: Path, *flags: str, **body: Any
+) -> list[Outcome]:
+    """What becomes of our server and, at the same time, of stock vLLM's."""
+    arms = {"ours": [*COMPRESSED, *flags], "stock": [*STOCK, *flags]}
+    with ThreadPoolExecutor(len(arms)) as pool:
+        found = [
+            pool.submit(course, own, folder / f"{name}.txt", **body)
+            for name, own in arms.items()
+        ]
+        return [future.result() for future in found]
+
+
 def test_a_killed_engine(tmp_path: Path) -> None:
     """Clients learn of it, and the server ends with an error, as stock vLLM's."""
-    ours = killed(COMPRESSED, tmp_path / "ours.txt")
+    ours, stock = both(killed, tmp_path)
     assert not {"hangs", "length"} & ours.answers.keys(), ours
-    stock = killed(STOCK, tmp_path / "stock.txt")
     assert ours.answers.keys() == stock.answers.keys()
     assert ours.exit_code == stock.exit_code != 0
 
 
 def test_a_stopped_server_breaks_off(tmp_path: Path) -> None:
     """Without a grace period, as stock vLLM does."""
-    ours = stopped(COMPRESSED, tmp_path / "ours.txt")
+    ours, stock = both(stopped, tmp_path)
     assert not {"hangs", "length"} & ours.answers.keys(), ours
-    stock = stopped(STOCK, tmp_path / "stock.txt")
     assert ours.answers.keys() == stock.answers.keys()
     assert ours.exit_code == stock.exit_code
 
 
 def test_a_stopped_server_answers_first(tmp_path: Path) -> None:
     """With a grace period all in flight are answered, compressed or not."""
-    grace = ["--shutdown-timeout", "100"]
-    ours = stopped([*COMPRESSED, *grace], tmp_path / "ours.txt", max_tokens=300)
+    ours, stock = both(stopped, tmp_path, "--shutdown-timeout", "100", max_tokens=300)
     assert ours.answers == {"length": CLIENTS}
-    stock = stopped([*STOCK, *grace], tmp_path / "stock.txt", max_tokens=300)
     assert ours == stock
 
 
