@@ -31,12 +31,12 @@ SETTINGS = {
     "method": "snapkv",
     "budget": 96,
     "window": 16,
-    "decode": {"method": "rkv", "interval": 40},
+    "decode": {"method": "rkv", "interval": 64},
 }
 LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
-COUNT = 100
+COUNT = 150
 TIGHT = {
-    "num_gpu_blocks_override": 44,
+    "num_gpu_blocks_override": 40,
     "max_model_len": 1200,
     "max_num_batched_tokens": 256,
     "max_num_seqs": 8,
@@ -160,7 +160,7 @@ def test_freed_blocks_leak_nothing(
         for _ in range(2):  # the second time among poisoned blocks only
             for mine, theirs in zip(serve(llm), alone, strict=True):
                 assert mine.near(theirs)
-        assert any(preempted)
+        assert preempted
         assert free_blocks(llm) == before
 
 
