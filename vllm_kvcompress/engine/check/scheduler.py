@@ -78,7 +78,11 @@ class _Checked:
         self._stale = _StaleBlocks(pool) if self._switch.poison else None
         self._steps = 0
         self._held: dict[str, list[tuple[int, list[int]]]] = {}
-        logger.warning("KV compression checks its invariants: %s.", self._switch)
+        logger.warning(
+            "KV compression checks its invariants in one of %d steps%s.",
+            self._switch.every,
+            ", and poisons stale blocks" * self._switch.poison,
+        )
 
     @property
     def _due(self) -> bool:
