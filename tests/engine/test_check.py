@@ -31,7 +31,7 @@ SETTINGS = {
     "method": "snapkv",
     "budget": 96,
     "window": 16,
-    "decode": {"method": "rkv", "interval": 64},
+    "decode": {"method": "rkv", "interval": 120},
 }
 LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
 COUNT = 150
