@@ -27,12 +27,7 @@ from vllm_kvcompress.engine.runner import RunnerV1
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-SETTINGS = {
-    "method": "snapkv",
-    "budget": 96,
-    "window": 16,
-    "decode": {"method": "rkv", "interval": 120},
-}
+SETTINGS = {"method": "snapkv", "budget": 96, "window": 16}
 LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
 COUNT = 150
 TIGHT = {
