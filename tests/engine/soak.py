@@ -66,7 +66,7 @@ class Soak:
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits)
         self.bodies, self.report = bodies, Report()
-        self.expected: list[tuple[str, bool]] = []
+        self.expected: list[tuple[list[str], bool]] = []
 
     async def learn(self) -> None:
         """Ask for each kind while nobody else does."""
@@ -144,8 +144,8 @@ class Soak:
     def _compare(self, visit: Visit, found: list[str]) -> None:
         wanted, whole = self.expected[visit.kind]
         for text in found:
-            same = text == wanted if whole else text.startswith(wanted)
-            self.report.check(same, f"{visit}: {text!r} and not {wanted!r}")
+            words = text.split() if whole else text.split()[: len(wanted)]
+            self.report.check(words == wanted, f"{visit}: {text!r} and not {wanted}")
             self.report.compared["whole" if whole else "a part"] += 1
 
     async def idle(self) -> None:
@@ -174,17 +174,17 @@ class Soak:
             report.check(other == evicted, f"{evicted} tokens evicted, {other} {what}")
 
 
-def _certain(choice: dict[str, Any]) -> tuple[str, bool]:
-    """An answer up to where two tokens are alike, and whether that is all of it.
+def _certain(choice: dict[str, Any]) -> tuple[list[str], bool]:
+    """An answer's words up to where two are alike, and whether these are all.
 
-    From there on the order of additions decides.
+    From there on the order of additions decides. Each token of the model is a word.
     """
-    found = choice["logprobs"]
-    for start, best in zip(found["text_offset"], found["top_logprobs"], strict=True):
+    words = choice["text"].split()
+    for count, best in enumerate(choice["logprobs"]["top_logprobs"]):
         first, second, *_ = sorted(best.values(), reverse=True)
         if first - second < ALIKE:
-            return choice["text"][:start], False
-    return choice["text"], True
+            return words[:count], False
+    return words, True
 
 
 def _texts(answer: dict[str, Any]) -> list[str]:

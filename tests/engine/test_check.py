@@ -31,7 +31,7 @@ SETTINGS = {"method": "snapkv", "budget": 96, "window": 16}
 LENGTHS = [900, 640, 333, 1025, 64, 480, 257, 700]
 COUNT = 150
 TIGHT = {
-    "num_gpu_blocks_override": 40,
+    "num_gpu_blocks_override": 44,
     "max_model_len": 1200,
     "max_num_batched_tokens": 256,
     "max_num_seqs": 8,
