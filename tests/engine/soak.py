@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import httpx
-import psutil
 
 from tests.engine.served import serving
+from tests.engine.soak_memory import Memory
 from tests.engine.soak_requests import BAD, BLOCK, BLOCKS, FLAGS, Visit, kinds, visits
 from vllm_kvcompress.tools.needle import model_path
 
@@ -204,35 +203,6 @@ def _samples(text: str) -> Counter[str]:
             found[name] += float(value)
             found["5xx"] += 'status="5xx"' in line
     return found
-
-
-class Memory:
-    """Resident memory of a server's processes, over time."""
-
-    def __init__(self, pid: int) -> None:
-        server = psutil.Process(pid)
-        self._seen = {
-            process.name() if process.pid != pid else "API server": (process, [])
-            for process in [server, *server.children(recursive=True)]
-            if process.memory_info().rss > 100e6
-        }
-
-    async def watch(self) -> None:
-        """Look twice a second, until cancelled."""
-        while True:
-            for process, seen in self._seen.values():
-                seen.append(process.memory_info().rss / 2**20)
-            await asyncio.sleep(0.5)
-
-    def quarters(self) -> dict[str, tuple[float, float]]:
-        """MB in the second and in the last quarter, at the median."""
-        return {
-            name: (
-                statistics.median(seen[len(seen) // 4 : len(seen) // 2]),
-                statistics.median(seen[-len(seen) // 4 :]),
-            )
-            for name, (_, seen) in self._seen.items()
-        }
 
 
 def soak(requests: int, each: int, seed: int, log: Path) -> Report:
