@@ -5,7 +5,7 @@ KVPRESS := $(CURDIR)/build/kvpress
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-kvpress compare-kvpress lint cuda-check sanitize bench bench-kernels eval model clean
+.PHONY: help setup demo test test-slow test-kvpress compare-kvpress lint cuda-check sanitize soak bench bench-kernels eval model clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ lint: setup ## ruff and mypy
 
 sanitize: setup ## the C++ kernels' tests under ASan and UBSan
 	$(BIN)/python scripts/sanitize_kernels.py
+
+soak: setup ## a server in little KV space under disorderly clients; ARGS="--requests 500"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak $(ARGS)
 
 bench: setup ## measure, such as ARGS="serve --help"; see make bench ARGS=--help
 	$(BIN)/kvcompress bench $(ARGS)

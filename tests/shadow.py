@@ -6,22 +6,13 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.engine.check.ledger import require
 from vllm_kvcompress.plan import Compress
 
 BLOCK = 4  # tokens
 STOP, VOCAB = 0, 50
 Slot = tuple[Any, ...]
 MERGED = -1  # in place of a slot's group
-
-
-class Violation(AssertionError):
-    """An invariant is broken."""
-
-
-def require(holds: bool, *what: object) -> None:
-    """Raise unless an invariant holds."""
-    if not holds:
-        raise Violation(" ".join(map(str, what)))
 
 
 def chain(tokens: list[int]) -> list[int]:

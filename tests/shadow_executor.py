@@ -6,8 +6,9 @@ from unittest.mock import patch
 
 import torch
 
-from tests.shadow import BLOCK, require
+from tests.shadow import BLOCK
 from vllm_kvcompress.engine import merging
+from vllm_kvcompress.engine.check.ledger import require
 from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.plan import Compress
 

@@ -19,9 +19,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from tests.shadow import BLOCK, Layer, Life, Slot, require
+from tests.shadow import BLOCK, Layer, Life, Slot
 from tests.shadow_executor import Executor
 from vllm_kvcompress.config import KEY, KVCompressionConfig
+from vllm_kvcompress.engine.check.ledger import require
 from vllm_kvcompress.engine.runner import RunnerV1
 from vllm_kvcompress.engine.shared_pages import SharingRows
 from vllm_kvcompress.engine.spec import CompressedAttentionSpec

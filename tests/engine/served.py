@@ -28,19 +28,24 @@ def vllm(*args):
     )
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
-def serving(model, flags, log, patience=300):
+def serving(model, flags, log, port=None, patience=900):
     """A client of a server, whose output goes to ``log``.
 
     Args:
         model: Its path.
         flags: Of ``vllm serve``.
         log: A path.
+        port: Of the server, None = a free one.
         patience: Seconds that the server may take to start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port or free_port()
     command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -54,7 +59,7 @@ def serving(model, flags, log, patience=300):
     try:
         with httpx.Client(base_url=url, timeout=120) as client:
             wait_until_healthy(client, process, log, patience)
-            client.log = log
+            client.log, client.process = log, process
             yield client
     finally:
         process.send_signal(signal.SIGINT)

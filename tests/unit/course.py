@@ -70,8 +70,6 @@ class Course:
     def __post_init__(self) -> None:
         self.replaced = dict.fromkeys(self.tiers, 0)  # blocks, by group
         self.private = dict.fromkeys(self.tiers, 0)
-        # Blocks in front that still hold what was computed into them.
-        self.front: dict[int, int] = {}
         # By the rule for generated tokens: decided upon so far, blocks that went.
         self.decided = dict.fromkeys(self.tiers, self.prompt)
         self.gone = dict.fromkeys(self.tiers, 0)
@@ -103,8 +101,6 @@ class Course:
             before, target = self.lost(group), compression.targets.pop(group)
             self.replaced[group], self.private[group], candidates, merged = target
             self.merged[group] += merged
-            stay = candidates[0] // BLOCK if candidates else 0
-            self.front[group] = min(stay, self.front.get(group, stay))
             if candidates:
                 self.decided[group] = candidates[1] + before * BLOCK
                 self.gone[group] += self.lost(group) - before

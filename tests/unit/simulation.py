@@ -14,18 +14,19 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from tests.shadow import BLOCK, STOP, chain, require
+from tests.shadow import BLOCK, STOP, chain
 from tests.simulator import Worker
 from tests.unit.course import Course, Next
 from tests.unit.engines import configs
 from tests.unit.invariants import Checks
 from tests.unit.workloads import MAX_LEN, RUNNERS, Workload
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.engine.requests import USAGE_KEY
-from vllm_kvcompress.engine.scheduler import (
-    CompressedAsyncScheduler,
-    CompressedScheduler,
+from vllm_kvcompress.engine.check.ledger import require
+from vllm_kvcompress.engine.check.scheduler import (
+    CheckedAsyncScheduler,
+    CheckedScheduler,
 )
+from vllm_kvcompress.engine.requests import USAGE_KEY
 from vllm_kvcompress.plan import Compress, StepPlan
 
 PATIENCE = 300  # steps without a new token or a finished request
@@ -37,7 +38,7 @@ class Run(Checks):
     def __init__(self, load: Workload) -> None:
         self.load = load
         config, kv_config = configs(load)
-        cls = CompressedAsyncScheduler if load.asynchronous else CompressedScheduler
+        cls = CheckedAsyncScheduler if load.asynchronous else CheckedScheduler
         self.scheduler: Any = cls(
             vllm_config=config,
             kv_cache_config=kv_config,
@@ -172,13 +173,13 @@ class Run(Checks):
         counted = plan.skipped.get("pool_dry", 0)
         require(counted == dry, counted, "times the pool was dry, and not", dry)
         for request in self.scheduler.running:
-            self.check_request(request, plan)
+            self.check_request(request)
         for window in self.worker.compression._windows:
             for request_id, chunks in window.queries.items():
                 course = self.scheduler._courses.get(request_id)
                 most = course.window if course else 0
                 require(sum(map(len, chunks)) <= most, "windows pile up")
-        self.check_pool()
+        self.check_content()
         self.seen["hits"] += sum(
             new.num_computed_tokens > 0 for new in out.scheduled_new_reqs
         )

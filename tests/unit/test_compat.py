@@ -6,11 +6,14 @@ import pytest
 
 from vllm_kvcompress.config import ConfigError
 from vllm_kvcompress.engine import compat
+from vllm_kvcompress.engine.check import seams
 
 pytestmark = pytest.mark.compat
 
 
-@pytest.mark.parametrize("seam", compat.SEAMS, ids=lambda seam: seam.target)
+@pytest.mark.parametrize(
+    "seam", [*compat.SEAMS, *seams.SEAMS], ids=lambda seam: seam.target
+)
 def test_seam_is_there(seam: compat.Seam) -> None:
     compat.resolve(seam)
     assert seam.why and seam.gone_when

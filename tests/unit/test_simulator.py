@@ -16,12 +16,12 @@ pytest.importorskip("vllm")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.shadow import Violation
 from tests.unit.planted import PLANTED
 from tests.unit.planted_merges import MERGES
 from tests.unit.simulation import Run
 from tests.unit.workloads import RUNNERS, Arrival, Workload, workloads
 from vllm_kvcompress import methods
+from vllm_kvcompress.engine.check.ledger import Violation
 
 pytestmark = pytest.mark.vllm
 

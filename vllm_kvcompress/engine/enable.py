@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from . import compat, metrics, requests
+from .check.switch import Switch
 from .page_formats import QUANTISED, UNQUANTISED, has_scales
 from .pruner import PRUNABLE
 from .worker import WORKERS
@@ -28,17 +29,19 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     for setting, way_out in _refusals(vllm_config, config):
         raise ConfigError(f"{KEY} does not work with {setting}; {way_out}")
     compat.check_engine()
+    package = "vllm_kvcompress.engine"
+    kind = "Compressed"
+    if Switch.read():
+        package, kind = f"{package}.check", "Checked"
     scheduler = vllm_config.scheduler_config
-    kind = "Async" if scheduler.async_scheduling else ""
+    timing = "Async" if scheduler.async_scheduling else ""
     if config.prefill == "incremental":
         # The whole prompt need not fit at once.
         scheduler.scheduler_reserve_full_isl = False
-    scheduler.scheduler_cls = (
-        f"vllm_kvcompress.engine.scheduler.Compressed{kind}Scheduler"
-    )
+    scheduler.scheduler_cls = f"{package}.scheduler.{kind}{timing}Scheduler"
     parallel = vllm_config.parallel_config
-    worker = WORKERS[parallel.worker_cls]
-    parallel.worker_cls = f"vllm_kvcompress.engine.worker.{worker}"
+    worker = WORKERS[parallel.worker_cls].replace("Compressed", kind)
+    parallel.worker_cls = f"{package}.worker.{worker}"
     requests.install()
     metrics.install()
 
