@@ -26,7 +26,9 @@ class Feature:
         refused: Words of the refusal, by method or for `EVERY`.
         elsewhere: Tests that prove it, by method or for `EVERY`, where how requests
             are served is too special for `feature_cases`.
+        cannot: Servers of `serving` that are refused with it.
         unrun: Why nobody has run it.
+        note: What else users should know.
     """
 
     title: str
@@ -34,7 +36,9 @@ class Feature:
     how: str = "plain"
     refused: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    cannot: tuple[str, ...] = ()
     unrun: str = ""
+    note: str = ""
 
     def status(self, method: str) -> str:
         """``works``, ``refused`` or ``not yet run``."""
@@ -52,8 +56,16 @@ class Feature:
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+DRAFTS = {"method": "draft_model", "num_speculative_tokens": 3}
+STAGES = {
+    "pipeline_parallel_size": 2,
+    # vLLM's CPU worker runs no pipeline eagerly.
+    "enforce_eager": False,
+    "compilation_config": {"backend": "eager"},
+}
 FEATURES = [
-    Feature("prefix caching", how="hits"),
+    Feature("prefix caching", how="hits", note="pruned prompts get no hits"),
     Feature("prefix caching off", {"enable_prefix_caching": False}),
     Feature("chunked prefill", how="chunks"),
     Feature("preemption", how="preempted"),
@@ -62,10 +74,34 @@ FEATURES = [
     Feature("parallel sampling", how="samples"),
     Feature("prompt logprobs", how="prompt_logprobs"),
     Feature("structured output", how="structured"),
-    Feature("beam search", how="beams"),
+    Feature(
+        "beam search", how="beams", note="vLLM drops per-request settings in beams"
+    ),
     Feature("priority scheduling", {"scheduling_policy": "priority"}, "priorities"),
-    Feature("LoRA", {"enable_lora": True, "max_lora_rank": 8}, "lora"),
-    Feature("fp8 KV cache", {"kv_cache_dtype": "fp8"}, "fp8"),
+    Feature(
+        "LoRA",
+        {"enable_lora": True, "max_lora_rank": 8},
+        "lora",
+        cannot=("pruning",),
+        note="`pyramidinfer` with `prune: false`",
+    ),
+    Feature("fp8 KV cache", {"kv_cache_dtype": "fp8"}, "codes"),
+    Feature(
+        "speculative decoding, n-gram",
+        {"speculative_config": NGRAM},
+        note="drafts pause while a method observes its window",
+    ),
+    Feature(
+        "speculative decoding, a draft model",
+        {"speculative_config": DRAFTS},
+        "drafts",
+        note="its own KV stays whole",
+    ),
+    Feature(
+        "speculative decoding, EAGLE, MTP, Medusa",
+        refused={EVERY: "speculative decoding by"},
+        elsewhere={EVERY: "tests/unit/test_refusals.py::test_refused"},
+    ),
     Feature(
         "tensor parallel, 2 workers",
         {"tensor_parallel_size": 2},
@@ -76,6 +112,30 @@ FEATURES = [
         },
     ),
     Feature(
+        "pipeline parallel, 2 stages",
+        STAGES,
+        "workers",
+        elsewhere={
+            "minicache": "tests/engine/test_pipeline.py::test_two_stages_answer_as_one"
+        },
+        cannot=("pruning", "minicache", "selecting"),
+        note="`pyramidinfer` with `prune: false`; a pair of `minicache` and a tier of "
+        "`ada_snapkv` lie on one stage; budgets by layer gain no room",
+    ),
+    Feature(
+        "data parallel",
+        elsewhere={
+            EVERY: "tests/engine/test_data_parallel.py::"
+            "test_each_engine_compresses_and_counts"
+        },
+        note="one test for all: engines do not know of one another",
+    ),
+    Feature(
+        "Ray executor",
+        elsewhere={EVERY: "tests/engine/test_ray.py::test_workers_of_ray_compress"},
+        note="one test for all, with two workers",
+    ),
+    Feature(
         "KV connectors",
         {"kv_transfer_config": CONNECTOR},
         refused={EVERY: "KV connectors"},
@@ -84,17 +144,34 @@ FEATURES = [
         "KV offloading", {"kv_offloading_size": 1.0}, refused={EVERY: "KV offloading"}
     ),
     Feature("sleep mode", unrun="stock vLLM has it on GPUs only"),
+    Feature("multimodal prompts", unrun="nothing is known against it"),
 ]
 
 
-def table() -> str:
-    """The table in Markdown."""
+INTRODUCTION = """# Support matrix
+
+Each cell is a test with real vLLM on CPUs ([features.py](../tests/features.py)). *Works*:
+requests that the method compresses get the same tokens with the feature as without.
+*Refused*: the server does not start, and says in one sentence what to change. CUDA
+graphs, fused kernels and attention backends of GPUs have not yet run on one.
+
+"""
+
+
+def page() -> str:
+    """docs/matrix.md."""
     heads = [f"`{name}`" for name in NAMES]
-    lines = [
-        "| | " + " | ".join(heads) + " |",
-        "|---|" + "---|" * len(heads),
-    ]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    notes = []
     for feature in FEATURES:
+        mark = ""
+        if said := feature.note or feature.unrun:
+            notes.append(f"{len(notes) + 1}. {feature.title}: {said}")
+            mark = f" ({len(notes)})"
         cells = [feature.status(name) for name in NAMES]
-        lines.append(f"| {feature.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {feature.title}{mark} | " + " | ".join(cells) + " |")
+    return INTRODUCTION + "\n".join([*lines, "", *notes]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -37,7 +37,18 @@ class Case:
         """All at once."""
         return self._asked(True)
 
-    workers = fp8 = asynchronous = plain
+    workers = asynchronous = drafts = plain
+
+    def codes(self) -> dict[str, Any]:
+        """In one step each and in chunks: the same codes are read."""
+        from tests.engine.conftest import scheduler
+
+        self.expected *= 2
+        whole = self.plain()
+        assert scheduler(self.llm).reset_prefix_cache()
+        answers = zip(whole["answers"], self.chunks()["answers"], strict=True)
+        pairs = [(mine["tokens"], theirs["tokens"]) for mine, theirs in answers]
+        return {"pairs": pairs, "seen": True}
 
     def _asked(self, seen: bool, **params: Any) -> dict[str, Any]:
         from tests.engine.serving import ask
@@ -56,8 +67,11 @@ class Case:
     def chunks(self) -> dict[str, Any]:
         """In steps of few tokens."""
         from tests.engine.conftest import chunks
+        from tests.engine.serving import STEP
 
-        with chunks(self.llm, 96):
+        # A prompt that is to be pruned waits for a step with room for all of it.
+        pruned = any(request.scorer.prunes for request in self.asked)
+        with chunks(self.llm, STEP if pruned else 96):
             return self._asked(True)
 
     def preempted(self, **params: Any) -> dict[str, Any]:
@@ -192,12 +206,14 @@ def main(model: str, output: str, title: str = "") -> None:
     from vllm_kvcompress import stats
 
     found = {}
-    for name, settings in SERVERS.items():
-        methods = {settings["method"], *settings.get("request_methods", {})}
-        if all(feature.refusal(method) for method in methods):
-            continue
-        own = {"skip_tokenizer_init": False} if feature.how in TOKENIZED else {}
-        with served(Path(model), settings, **own, **feature.engine) as llm:
+    own: dict[str, Any] = dict(feature.engine)
+    if feature.how in TOKENIZED:
+        own["skip_tokenizer_init"] = False
+    if feature.how == "drafts":
+        own["speculative_config"] = {"model": model, **own["speculative_config"]}
+    for name in SERVERS.keys() - {*feature.cannot}:
+        settings = SERVERS[name]
+        with served(Path(model), settings, **own) as llm:
             case = Case(llm, Path(model), settings)
             found[name] = getattr(case, feature.how)()
             found[name]["compressions"] = stats(llm)["compressions"]

@@ -131,11 +131,3 @@ def test_cell(feature: Feature, method: str, serve: Any) -> None:
                 assert Answer(**mine).near(Answer(**theirs), tolerance)
                 checked += 1
     assert checked
-
-
-@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.title)
-def test_proof_elsewhere_is_there(feature: Feature) -> None:
-    for node in feature.elsewhere.values():
-        file, _, name = node.partition("::")
-        source = (Path(__file__).parents[2] / file).read_text()
-        assert f"def {name}(" in source

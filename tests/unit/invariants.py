@@ -65,7 +65,7 @@ class Checks:
         """A request is told what the worker holds of it."""
         told = (output.kv_transfer_params or {})[KEY]
         require(told["skipped"] in (None, *REASONS), told)
-        if self.load.asynchronous:  # the worker is a step ahead
+        if self.load.in_flight > 1 or self.load.drafts:  # the worker is ahead
             return
         life = self.worker.lives[output.request_id]
         course = self.course(self.requests[output.request_id])

@@ -114,6 +114,19 @@ def test_draft_models_have_one_group(
             {"speculative_config": {**CUSTOM, "num_speculative_tokens": 2}},
             ["speculative decoding by custom_class", "ngram", "--speculative-config"],
         ),
+        (
+            {},
+            {
+                "pipeline_parallel_size": 2,
+                "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+            },
+            ["--pipeline-parallel-size 2 and --speculative-config together"],
+        ),
+        (
+            {"method": "pyramidinfer"},
+            {"enable_lora": True},
+            ["--enable-lora and method=pyramidinfer", "prune=false"],
+        ),
         ({}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
         (
             {},

@@ -284,7 +284,7 @@ def workloads(
         "max_seqs": st.integers(1, 6),
         "spare_blocks": st.sampled_from([0, 0, 0, 2, 6, 20]),
         "reserve": st.just(False) if incremental else st.booleans(),
-        "drafts": st.sampled_from([0, 0, 1, 3, 5]),
+        "drafts": st.sampled_from([0] if "stages" in fixed else [0, 0, 1, 3, 5]),
         "lookahead": st.booleans(),
     }
     rest = {name: draw(choice) for name, choice in choices.items() if name not in fixed}

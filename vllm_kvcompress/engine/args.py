@@ -16,7 +16,7 @@ from ..config import KEY, ConfigError, KVCompressionConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED_VLLM = "0.32"
+SUPPORTED_VLLM = ("0.32", "0.33")
 
 
 @functools.cache
@@ -94,10 +94,10 @@ def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig | None:
     """The settings; None if they only say how the model is built."""
     from vllm import __version__
 
-    if not f"{__version__}.".startswith(f"{SUPPORTED_VLLM}."):
+    if ".".join(__version__.split(".")[:2]) not in SUPPORTED_VLLM:
         raise ConfigError(
-            f"{KEY} needs vLLM {SUPPORTED_VLLM}.*, not {__version__}; "
-            "install that version or start without compression"
+            f"{KEY} needs vLLM {' or '.join(SUPPORTED_VLLM)}, not {__version__}; "
+            "install one of these or start without compression"
         )
     if isinstance(settings, Mapping) and settings.get("method") in models.METHODS:
         if others := sorted(settings.keys() - {"method"}):

@@ -102,13 +102,25 @@ def _refusals(
             "use 1, or add prune=false, which drops their KV only",
         ),
         (
+            prunes and vllm_config.lora_config is not None,
+            f"--enable-lora and method={config.method}, which prunes layers",
+            "drop that flag, or add prune=false, which drops their KV only",
+        ),
+        (
             stages > 1 and executor == "external_launcher",
             f"--pipeline-parallel-size {stages} and "
             f"--distributed-executor-backend {executor}",
             "use 1, or the backend mp or ray",
         ),
         (
-            executor == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+            stages > 1 and drafts is not None,
+            f"--pipeline-parallel-size {stages} and --speculative-config together",
+            "drop one of them",
+        ),
+        (
+            # Newer versions of vLLM have no other than the second.
+            executor == "ray"
+            and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True),
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0",
             "leave it out, or use --distributed-executor-backend mp",
         ),

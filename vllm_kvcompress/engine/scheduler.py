@@ -134,7 +134,7 @@ class CompressedScheduler(Scheduler):
     # vLLM's steps ----------------------------------------------------------
 
     def _get_local_prefix_cache_hit(
-        self, request: Request
+        self, request: Request, *limits: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         if course := self._course(request):
             self._hit_limit = 0 if course.prune else course.firm
@@ -142,7 +142,7 @@ class CompressedScheduler(Scheduler):
                 # vLLM gives drafts to a chunk of one token, which cannot be cut then.
                 self._hit_limit = max(0, min(self._hit_limit, request.num_tokens - 2))
         try:
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *limits)
         finally:
             self._hit_limit = None
 
