@@ -75,7 +75,9 @@ FEATURES = [
     Feature("prompt logprobs", how="prompt_logprobs"),
     Feature("structured output", how="structured"),
     Feature(
-        "beam search", how="beams", note="vLLM drops per-request settings in beams"
+        "beam search",
+        how="beams",
+        note="beams grow by requests for one token, which are never compressed",
     ),
     Feature("priority scheduling", {"scheduling_policy": "priority"}, "priorities"),
     Feature(
@@ -150,7 +152,7 @@ FEATURES = [
 
 INTRODUCTION = """# Support matrix
 
-Each cell is a test with real vLLM on CPUs ([features.py](../tests/features.py)). *Works*:
+Each cell is a test with real vLLM on CPUs ([table](../tests/features.py)). *Works*:
 requests that the method compresses get the same tokens with the feature as without.
 *Refused*: the server does not start, and says in one sentence what to change. CUDA
 graphs, fused kernels and attention backends of GPUs have not yet run on one.

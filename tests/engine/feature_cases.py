@@ -20,6 +20,7 @@ from tests.engine import v2_harness  # noqa: E402
 del sys.path[0]
 
 RANK = 8
+PRIVATE = 12  # blocks beyond those of the longest request
 EVEN_TOKENS = r"(<\d*[02468]>){100}"
 
 
@@ -74,26 +75,38 @@ class Case:
         with chunks(self.llm, STEP if pruned else 96):
             return self._asked(True)
 
-    def preempted(self, **params: Any) -> dict[str, Any]:
+    def preempted(self, more: int = 0, **params: Any) -> dict[str, Any]:
         """In little space."""
         from tests.engine.conftest import preemptions
         from tests.engine.serving import little_space
 
         undone = preemptions(self.llm)
-        with little_space(self.llm, self.asked):
+        with little_space(self.llm, self.asked, more):
             found = self._asked(True, **params)
         self.expected += sum(undone)
         return {**found, "seen": any(undone)}
 
     def priorities(self) -> dict[str, Any]:
-        """In little space, the last ones first."""
-        return self.preempted(priority=list(range(len(self.asked)))[::-1])
+        """In space that is little, but never too little for private blocks; the last
+        ones first."""
+        from vllm_kvcompress import stats
+
+        order = list(range(len(self.asked)))[::-1]
+        found = self.preempted(more=PRIVATE, priority=order)
+        return {**found, "seen": "pool_dry" not in stats(self.llm)["skipped"]}
 
     def samples(self) -> dict[str, Any]:
-        """The greedy answer twice."""
-        self.expected *= 2
-        found = self._asked(True, n=2, temperature=1e-6, seed=1)
-        return {**found, "answers": found["answers"][::2]}
+        """Two samples of each, and one by one with their seeds."""
+        self.expected *= 4
+        both = self._asked(True, n=2, seed=7, temperature=1.0)["answers"]
+        pairs = []
+        for number, samples in enumerate((both[::2], both[1::2])):
+            alone = self._asked(True, seed=7 + number, temperature=1.0)["answers"]
+            pairs += [
+                (mine["tokens"], theirs["tokens"])
+                for mine, theirs in zip(samples, alone, strict=True)
+            ]
+        return {"pairs": pairs, "seen": True}
 
     def prompt_logprobs(self) -> dict[str, Any]:
         """Those of a compressed request, beside those of one that is left alone."""
@@ -151,7 +164,7 @@ class Case:
             [{"prompt_token_ids": request.tokens} for request in own], beam
         )
         found = [output.sequences[0].tokens[-4:] for output in outputs]
-        self.expected = None  # every beam is a request of its own
+        self.expected = 0  # a beam grows by requests for one token
         by_hand = [self._beam(request.tokens, 2, 4) for request in own]
         return {"pairs": list(zip(found, by_hand, strict=True)), "seen": True}
 

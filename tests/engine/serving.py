@@ -121,11 +121,11 @@ def ask(llm: Any, asked: Sequence[Request], **params: Any) -> list[Answer]:
 
 
 @contextlib.contextmanager
-def little_space(llm: Any, asked: Sequence[Request]) -> Iterator[None]:
+def little_space(llm: Any, asked: Sequence[Request], more: int = 0) -> Iterator[None]:
     """Leave hardly more blocks, and tokens per step, than the longest one needs."""
     pool = scheduler(llm).kv_cache_manager.block_pool
     groups = len(asked[0].config.tiers(LAYERS))
-    taken = pool.get_new_blocks(free_blocks(llm) - SPACE * groups)
+    taken = pool.get_new_blocks(free_blocks(llm) - (SPACE + more) * groups)
     try:
         with chunks(llm, STEP):
             yield

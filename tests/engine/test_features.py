@@ -1,6 +1,7 @@
 """Every feature of vLLM with every method: the cells of `tests.features`."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -35,7 +36,7 @@ def _tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<0>", eos_token="<2>"
+        tokenizer_object=tokenizer, unk_token="<0>", eos_token="<1>"
     ).save_pretrained(path)
 
 
@@ -88,12 +89,25 @@ def serve(models: dict[str, Path], tmp_path_factory: Any) -> Any:
         output = tmp_path_factory.mktemp("feature") / "found.pt"
         command = [sys.executable, str(CASES), str(models[model]), str(output), title]
         done = subprocess.run(
-            command, cwd=output.parent, capture_output=True, text=True, check=False
+            command,
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bound(title)},
+            cwd=output.parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return torch.load(output)
 
     return serve
+
+
+def bound(title: str) -> str:
+    """Which cores vLLM's workers run on, where there are two of them."""
+    if not any(f.title == title and f.how == "workers" for f in FEATURES):
+        return "auto"
+    cores = sorted(os.sched_getaffinity(0))
+    return f"{cores[0]}|{cores[-1]}"
 
 
 def _servers(method: str) -> list[str]:
@@ -113,10 +127,7 @@ def test_cell(feature: Feature, method: str, serve: Any) -> None:
     for name in _servers(method):
         found = serve(feature.title)[name]
         assert found["seen"]
-        if found["expected"] is None:
-            assert found["compressions"]
-        else:
-            assert found["compressions"] == found["expected"]
+        assert found["compressions"] == found["expected"]
         methods = [request.method for request in requests(SERVERS[name])]
         if "pairs" in found:
             for mine, theirs in found["pairs"]:
