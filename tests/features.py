@@ -56,8 +56,6 @@ class Feature:
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-DRAFTS = {"method": "draft_model", "num_speculative_tokens": 3}
 STAGES = {
     "pipeline_parallel_size": 2,
     # vLLM's CPU worker runs no pipeline eagerly.
@@ -90,13 +88,12 @@ FEATURES = [
     Feature("fp8 KV cache", {"kv_cache_dtype": "fp8"}, "codes"),
     Feature(
         "speculative decoding, n-gram",
-        {"speculative_config": NGRAM},
+        elsewhere={EVERY: "tests/engine/test_drafts.py::test_every_method"},
         note="drafts pause while a method observes its window",
     ),
     Feature(
         "speculative decoding, a draft model",
-        {"speculative_config": DRAFTS},
-        "drafts",
+        elsewhere={EVERY: "tests/engine/test_drafts.py::test_runners"},
         note="its own KV stays whole",
     ),
     Feature(

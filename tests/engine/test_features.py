@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ RUN = [
     for feature, method in CELLS
     if feature.status(method) == "works" and not feature.proof(method)
 ]
+
+# An adapter is added in another order than weights that hold it.
+TOLERANCE = defaultdict(lambda: 2e-4, lora=2e-2)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -102,6 +106,15 @@ def serve(models: dict[str, Path], tmp_path_factory: Any) -> Any:
     return serve
 
 
+def certain(answer: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """An answer up to the first token that was nearly another one."""
+    best = by["logprobs"].topk(2).values
+    ties = (best[:, 0] - best[:, 1] < 0.05).nonzero()
+    end = int(ties[0]) if len(ties) else len(best)
+    cut = {"tokens": answer["tokens"][:end], "logprobs": answer["logprobs"][: end + 1]}
+    return {**answer, **cut}
+
+
 def bound(title: str) -> str:
     """Which cores vLLM's workers run on, where there are two of them."""
     if not any(f.title == title and f.how == "workers" for f in FEATURES):
@@ -138,7 +151,8 @@ def test_cell(feature: Feature, method: str, serve: Any) -> None:
         pairs = zip(found["answers"], alone["answers"], methods, strict=True)
         for mine, theirs, own in pairs:
             if own == method:
-                tolerance = 2e-2 if feature.how == "lora" else 2e-4
-                assert Answer(**mine).near(Answer(**theirs), tolerance)
+                if feature.how == "lora":
+                    mine, theirs = certain(mine, theirs), certain(theirs, theirs)
+                assert Answer(**mine).near(Answer(**theirs), TOLERANCE[feature.how])
                 checked += 1
     assert checked
