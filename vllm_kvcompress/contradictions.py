@@ -75,6 +75,15 @@ def _by_layer(config: "KVCompressionConfig") -> Iterator[str]:
 def _merged(config: "KVCompressionConfig") -> Iterator[str]:
     scorer = config.scorer
     if not scorer.merges:
+        decode = [("decode.method", config.decode.scorer)] if config.decode else []
+        others = [("request_methods", own) for own in config.request_methods.values()]
+        for where, other in [*decode, *others]:
+            if other.merges:
+                yield (
+                    f"{where}={other.name} cannot be given beside method="
+                    f"{config.method}: it lays out all requests' layers in pairs; "
+                    "make it the server's method"
+                )
         return
     for key in ("layer_budgets", "layers_per_tier", "decode"):
         if getattr(config, key):
