@@ -52,11 +52,7 @@ def split_method(
     rest = dict(settings)
     given = {key: rest.pop(key) for key in common if key in rest}
     name = rest.pop("method", default.name if default else None)
-    if not isinstance(name, str) or name not in method_names():
-        known = ", ".join(method_names())
-        raise ConfigError(
-            f"{KEY}: {where}method is {shown(name)}; allowed values: {known}"
-        )
+    _check_name(name, f"{where}method")
     cls = load_method(name)
     if default is not None and name == default.name:
         rest = {**default.model_dump(), **rest}
@@ -75,6 +71,7 @@ def named_method(name: Any, own: Any, where: str) -> Scorer:
     Raises:
         ConfigError: An unknown method, another one inside, or a bad parameter.
     """
+    _check_name(name, f"a name in {where.rstrip('.')}")
     where = f"{where}{name}."
     if isinstance(own, Mapping):
         own = {"method": name, **own}
@@ -85,13 +82,21 @@ def named_method(name: Any, own: Any, where: str) -> Scorer:
     return split_method(own, where, ())[0]
 
 
+def _check_name(name: Any, where: str) -> None:
+    if not isinstance(name, str) or name not in method_names():
+        allowed = ", ".join(method_names())
+        raise ConfigError(
+            f"{KEY}: {where} is {shown(name)}; allowed values: {allowed}"
+        )
+
+
 def built(cls: type[Any], where: str, **fields: Any) -> Any:
     """Build a model, or say of its first bad field: field, value, what is allowed."""
     try:
         return cls(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = where + ".".join(str(part) for part in first["loc"])
+        key = where + ".".join(str(part)[:LONGEST] for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         reason = reason.replace("Input should", "should")
         raise ConfigError(

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tests.matrix import METHODS as MATRIX
 from vllm_kvcompress.config import ConfigError, KVCompressionConfig
@@ -88,9 +89,9 @@ def mapping(keys, methods=None, near=True):
     others = st.tuples(texts, values)
     drawn = st.lists(st.one_of(*entries), max_size=4)
     drawn |= st.lists(st.one_of(*entries, others), max_size=4)
-    return st.tuples(methods or st.none(), drawn).map(
-        lambda pair: ({"method": pair[0]} if pair[0] else {}) | dict(pair[1])
-    )
+    if methods is None:
+        return drawn.map(dict)
+    return st.tuples(methods, drawn).map(lambda d: {**dict(d[1]), "method": d[0]})
 
 
 def of_method(name, common=(), near=True):
@@ -143,19 +144,17 @@ def parsed(given):
         return None
 
 
-def unchanged(given, resolved):
-    """All that was written is in the resolved settings, with its type."""
+def unchanged(given, model):
+    """Every number and word that was written is there, with its type."""
     for key, value in given.items():
-        if value is None or value == {} or value == []:
-            continue
-        found = resolved[key]
-        if isinstance(value, dict) and isinstance(found, dict):
-            unchanged(value, found)
-        elif isinstance(value, int | float):
-            assert found == value and isinstance(value, bool) == isinstance(found, bool)
-            assert isinstance(found, float) or isinstance(value, int)
-        elif isinstance(value, str) and isinstance(found, str):
-            assert found == value
+        held = getattr(model, key, getattr(getattr(model, "scorer", None), key, None))
+        if isinstance(held, BaseModel) and isinstance(value, dict):
+            unchanged(value, held)
+        elif isinstance(value, bool | int | float):
+            assert held == value
+            assert isinstance(held, float) or type(held) is type(value)
+        elif isinstance(value, str) and isinstance(held, str) and key != "method":
+            assert held == value
 
 
 @fuzzed
@@ -167,7 +166,7 @@ def test_settings_round_trip_or_are_refused(given):
     again = json.loads(json.dumps(resolved, allow_nan=False))
     assert KVCompressionConfig.from_dict(again) == config
     assert KVCompressionConfig.from_dict(again).settings() == resolved
-    unchanged({k: v for k, v in given.items() if v != resolved.get(k, k)}, resolved)
+    unchanged(given, config)
 
 
 @fuzzed
@@ -194,3 +193,40 @@ def test_accepted_settings_fit_every_prompt(given, layers, prompt, block_size):
     for scorer in config.request_methods or [config.method]:
         times = [length for length, _ in config.due(scorer, prompt, prompt + 300)]
         assert times == sorted(times)
+
+
+near_names = st.sampled_from(
+    [KEY, BUDGET_KEY, USAGE_KEY, f"{KEY}_", f"{KEY}_budgets", KEY.upper(), "other"]
+)
+SERVERS = [
+    KVCompressionConfig.from_dict(given)
+    for given in (
+        {"method": "snapkv", "budget": 512, "request_methods": ["keydiff"]},
+        {"method": "snapkv", "keep_ratio": 0.5},
+        {"method": "pyramidkv", "request_methods": ["pyramidinfer"]},
+        {"method": "snapkv", "prefill": "incremental", "decode": {}},
+    )
+]
+
+
+@fuzzed
+@given(
+    st.dictionaries(near_names | texts, values | st.integers(40, 600), max_size=4)
+    | st.dictionaries(st.integers(), values, max_size=1),
+    st.sampled_from(SERVERS),
+    st.sampled_from([None, 1, 16, 128]),
+)
+def test_a_request_is_understood_or_refused(extra_args, server, block_size):
+    try:
+        wanted = request_settings(extra_args, server, block_size)
+    except RequestError as error:
+        told(str(error))
+        assert error.field in extra_args and error.field in str(error)
+        return
+    assert wanted.budget == extra_args.get(BUDGET_KEY)
+    assert wanted.budget is None or type(wanted.budget) is int
+    assert wanted.method in (None, extra_args.get(KEY))
+    assert wanted.enabled == (extra_args.get(KEY) != "off")
+    assert not {k for k in extra_args if str(k).startswith(KEY)} - {
+        *(KEY, BUDGET_KEY, USAGE_KEY)
+    }
