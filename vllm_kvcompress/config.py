@@ -25,7 +25,15 @@ from .contradictions import SIZE_KEYS, contradictions
 from .decode_config import DecodeConfig, Tokens, decode_config
 from .methods.base import Scorer
 from .ops.providers import ALL, ProviderName, operations
-from .parsing import KEY, ConfigError, built, named_method, read_json, shown, split_method
+from .parsing import (
+    KEY,
+    ConfigError,
+    built,
+    named_method,
+    read_json,
+    shown,
+    split_method,
+)
 
 __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
 

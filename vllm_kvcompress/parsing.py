@@ -46,7 +46,9 @@ def split_method(
     Raises:
         ConfigError: Not a mapping, an unknown method or a bad parameter.
     """
-    if not (isinstance(settings, Mapping) and all(isinstance(k, str) for k in settings)):
+    if not (
+        isinstance(settings, Mapping) and all(isinstance(k, str) for k in settings)
+    ):
         name = f"{KEY}.{where}".rstrip(".")
         raise ConfigError(f"{name} must be a mapping of names, not {shown(settings)}")
     rest = dict(settings)
@@ -77,7 +79,7 @@ def named_method(name: Any, own: Any, where: str) -> Scorer:
         own = {"method": name, **own}
         if own["method"] != name:
             raise ConfigError(
-                f"{KEY}: {where}method={shown(own['method'])} is another method; drop it"
+                f"{KEY}: {where}method={shown(own['method'])} is another one; drop it"
             )
     return split_method(own, where, ())[0]
 
@@ -85,9 +87,7 @@ def named_method(name: Any, own: Any, where: str) -> Scorer:
 def _check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or name not in method_names():
         allowed = ", ".join(method_names())
-        raise ConfigError(
-            f"{KEY}: {where} is {shown(name)}; allowed values: {allowed}"
-        )
+        raise ConfigError(f"{KEY}: {where} is {shown(name)}; allowed values: {allowed}")
 
 
 def built(cls: type[Any], where: str, **fields: Any) -> Any:
