@@ -75,14 +75,11 @@ def _by_layer(config: "KVCompressionConfig") -> Iterator[str]:
 def _merged(config: "KVCompressionConfig") -> Iterator[str]:
     scorer = config.scorer
     if not scorer.merges:
-        decode = [("decode.method", config.decode.scorer)] if config.decode else []
-        others = [("request_methods", own) for own in config.request_methods.values()]
-        for where, other in [*decode, *others]:
-            if other.merges:
+        for own in config.scorers.values():
+            if own.merges:
                 yield (
-                    f"{where}={other.name} cannot be given beside method="
-                    f"{config.method}: it lays out all requests' layers in pairs; "
-                    "make it the server's method"
+                    f"{own.name}, which pairs layers, cannot follow or stand beside "
+                    f"method={config.method}; make it the server's method"
                 )
         return
     for key in ("layer_budgets", "layers_per_tier", "decode"):
