@@ -78,8 +78,9 @@ def _merged(config: "KVCompressionConfig") -> Iterator[str]:
         for own in config.scorers.values():
             if own.merges:
                 yield (
-                    f"{own.name}, which pairs layers, cannot follow or stand beside "
-                    f"method={config.method}; make it the server's method"
+                    f"request_methods and decode may not hold {own.name}, which pairs "
+                    f"layers, beside method={config.method}; make it the server's "
+                    "method"
                 )
         return
     for key in ("layer_budgets", "layers_per_tier", "decode"):

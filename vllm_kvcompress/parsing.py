@@ -11,8 +11,6 @@ from .methods import load_method, method_names
 from .methods.base import Scorer
 
 KEY = "kv_compression"
-
-
 LONGEST = 200  # characters of a value in an error
 
 

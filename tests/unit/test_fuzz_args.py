@@ -88,8 +88,8 @@ def test_what_is_not_json(text):
 
 
 @fuzzed
-@given(wanted, values)
-def test_file(tmp_path_factory, given, other):
+@given(wanted)
+def test_file(tmp_path_factory, given):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     own = {key: value for key, value in given.items() if key != "method"}
     flags = {"kv-compression": given.get("method", "snapkv")}
