@@ -162,6 +162,18 @@ def test_settings_of_a_request(servers, path):
     assert 5 < sum(served) < len(served) - 5
 
 
+@pytest.mark.parametrize(
+    "extra", [{"other": "\ud800"}, {"\ud800": 1}], ids=["value", "key"]
+)
+def test_what_fails_in_stock_vllm_too(servers, extra):
+    """Half a surrogate pair in ``vllm_xargs`` is not UTF-8, as its engine wants it."""
+    for client in servers:
+        answer, failed = sent(
+            client, COMPLETIONS, {**VALID[COMPLETIONS], "vllm_xargs": extra}
+        )
+        assert failed and answer.status_code == 500
+
+
 def test_it_still_answers_and_holds_nothing(servers):
     asked = needle_prompts(num_tokens=1024, count=1, seed=11)[0]
     body = {"model": "needle", "prompt": asked.token_ids, "temperature": 0}
