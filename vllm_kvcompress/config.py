@@ -7,7 +7,7 @@ Users write one flat mapping, whose keys are the common ones below and the metho
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 from .budget import (
     Fit,
@@ -24,8 +24,16 @@ from .budget import (
 from .contradictions import SIZE_KEYS, contradictions
 from .decode_config import DecodeConfig, Tokens, decode_config
 from .methods.base import Scorer
-from .ops.providers import ALL, ProviderName
-from .parsing import KEY, ConfigError, built, read_json, split_method
+from .ops.providers import ALL, ProviderName, operations
+from .parsing import (
+    KEY,
+    ConfigError,
+    built,
+    named_method,
+    read_json,
+    shown,
+    split_method,
+)
 
 __all__ = ["KEY", "ConfigError", "DecodeConfig", "KVCompressionConfig"]
 
@@ -59,7 +67,7 @@ class KVCompressionConfig(BaseModel):
 
     scorer: SerializeAsAny[Scorer]
     budget: Tokens | None = None
-    keep_ratio: float | None = Field(None, gt=0, le=1)
+    keep_ratio: float | None = Field(None, gt=0, le=1, strict=True)
     layer_budgets: tuple[Tokens, ...] | None = Field(None, min_length=1)
     layers_per_tier: Tokens | None = None
     decode: DecodeConfig | None = None
@@ -67,6 +75,17 @@ class KVCompressionConfig(BaseModel):
     prefill_interval: Tokens = 2048
     kernels: dict[str, ProviderName] = Field(default_factory=dict)
     request_methods: dict[str, SerializeAsAny[Scorer]] = Field(default_factory=dict)
+
+    @field_validator("kernels")
+    @classmethod
+    def _operations(cls, kernels: dict[str, ProviderName]) -> dict[str, ProviderName]:
+        known = [ALL, *sorted(operations())]
+        for name in kernels:
+            if name not in known:
+                raise ValueError(
+                    f"names {shown(name)}; allowed keys: {', '.join(known)}"
+                )
+        return kernels
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "KVCompressionConfig":
@@ -88,11 +107,7 @@ class KVCompressionConfig(BaseModel):
             others = {name: {} for name in others}
         if isinstance(others, Mapping):
             given["request_methods"] = {
-                name: split_method(
-                    {"method": name, **own} if isinstance(own, Mapping) else own,
-                    f"request_methods.{name}.",
-                    (),
-                )[0]
+                name: named_method(name, own, "request_methods.")
                 for name, own in others.items()
             }
         config = built(cls, "", scorer=scorer, **given)

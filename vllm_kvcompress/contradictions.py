@@ -75,6 +75,13 @@ def _by_layer(config: "KVCompressionConfig") -> Iterator[str]:
 def _merged(config: "KVCompressionConfig") -> Iterator[str]:
     scorer = config.scorer
     if not scorer.merges:
+        for own in config.scorers.values():
+            if own.merges:
+                yield (
+                    f"request_methods and decode may not hold {own.name}, which pairs "
+                    f"layers, beside method={config.method}; make it the server's "
+                    "method"
+                )
         return
     for key in ("layer_budgets", "layers_per_tier", "decode"):
         if getattr(config, key):

@@ -4,10 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from .methods.base import Scorer
+from .methods.base import MOST_TOKENS, Scorer
 from .parsing import built, split_method
 
-Tokens = Annotated[int, Field(ge=1, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS, strict=True)]
 
 
 class DecodeConfig(BaseModel):

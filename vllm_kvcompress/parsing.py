@@ -11,10 +11,23 @@ from .methods import load_method, method_names
 from .methods.base import Scorer
 
 KEY = "kv_compression"
+LONGEST = 200  # characters of a value in an error
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one sentence for the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\\n".join(message.splitlines()))
+
+
+def shown(value: Any) -> str:
+    """What a user wrote, for an error: no more of it than can be read."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or too many digits
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def split_method(
@@ -31,25 +44,48 @@ def split_method(
     Raises:
         ConfigError: Not a mapping, an unknown method or a bad parameter.
     """
-    if not isinstance(settings, Mapping):
+    if not (
+        isinstance(settings, Mapping) and all(isinstance(k, str) for k in settings)
+    ):
         name = f"{KEY}.{where}".rstrip(".")
-        raise ConfigError(f"{name} must be a mapping, not {settings!r}")
+        raise ConfigError(f"{name} must be a mapping of names, not {shown(settings)}")
     rest = dict(settings)
     given = {key: rest.pop(key) for key in common if key in rest}
     name = rest.pop("method", default.name if default else None)
-    if not isinstance(name, str) or name not in method_names():
-        known = ", ".join(method_names())
-        raise ConfigError(f"{KEY}: {where}method is {name!r}; allowed values: {known}")
+    _check_name(name, f"{where}method")
     cls = load_method(name)
     if default is not None and name == default.name:
         rest = {**default.model_dump(), **rest}
     allowed = [*cls.model_fields, *common]
     for key in rest.keys() - cls.model_fields.keys():
         raise ConfigError(
-            f"{KEY}: unknown key {where + key!r} for {name}; "
+            f"{KEY}: unknown key {shown(where + key)} for {name}; "
             f"allowed keys: {', '.join(allowed)}"
         )
     return built(cls, where, **rest), given
+
+
+def named_method(name: Any, own: Any, where: str) -> Scorer:
+    """A method from its name and its parameters, a mapping.
+
+    Raises:
+        ConfigError: An unknown method, another one inside, or a bad parameter.
+    """
+    _check_name(name, f"a name in {where.rstrip('.')}")
+    where = f"{where}{name}."
+    if isinstance(own, Mapping):
+        own = {"method": name, **own}
+        if own["method"] != name:
+            raise ConfigError(
+                f"{KEY}: {where}method={shown(own['method'])} is another one; drop it"
+            )
+    return split_method(own, where, ())[0]
+
+
+def _check_name(name: Any, where: str) -> None:
+    if not isinstance(name, str) or name not in method_names():
+        allowed = ", ".join(method_names())
+        raise ConfigError(f"{KEY}: {where} is {shown(name)}; allowed values: {allowed}")
 
 
 def built(cls: type[Any], where: str, **fields: Any) -> Any:
@@ -58,11 +94,11 @@ def built(cls: type[Any], where: str, **fields: Any) -> Any:
         return cls(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = where + ".".join(str(part) for part in first["loc"])
+        key = where + ".".join(str(part)[:LONGEST] for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         reason = reason.replace("Input should", "should")
         raise ConfigError(
-            f"{KEY}: {key}={first['input']!r} {reason[0].lower()}{reason[1:]}"
+            f"{KEY}: {key}={shown(first['input'])} {reason[0].lower()}{reason[1:]}"
         ) from None
 
 
@@ -74,7 +110,7 @@ def read_json(path: str) -> Any:
     """
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{KEY}: layer_budgets={path!r} is not a readable JSON file ({error})"
+            f"{KEY}: layer_budgets={shown(path)} is not a readable JSON file ({error})"
         ) from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..config import KEY, ConfigError, KVCompressionConfig
+from ..parsing import shown
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,20 +51,24 @@ def fold(
         if given is not None:
             _checked(given)
         return additional_config
-    if not isinstance(settings or {}, Mapping):
-        raise ConfigError(f"{KEY}_config must be a mapping, not {settings!r}")
+    if not isinstance(additional_config, Mapping | None):
+        raise ConfigError(
+            f"additional_config must be a mapping, not {shown(additional_config)}"
+        )
     merged: dict[str, Any] = {} if method is None else {"method": method}
-    for source in (settings or {}, given or {}):
-        if not isinstance(source, Mapping):
-            raise ConfigError(f"{KEY} must be a mapping, not {source!r}")
-        for key, value in source.items():
-            if merged.setdefault(key, value) != value:
+    for name, source in ((f"{KEY}_config", settings), (KEY, given)):
+        if not isinstance(source, Mapping | None):
+            raise ConfigError(f"{name} must be a mapping, not {shown(source)}")
+        for key, value in (source or {}).items():
+            if key in merged and merged[key] != value:
                 raise ConfigError(
-                    f"{KEY}: {key} is given twice, as {merged[key]!r} and as {value!r}"
+                    f"{KEY}: {key} is given twice, as {shown(merged[key])} and as "
+                    f"{shown(value)}"
                 )
+            merged[key] = value
     if "method" not in merged:
         raise ConfigError(
-            f"{KEY}_config={json.dumps(merged)} needs a method; "
+            f"{KEY}_config={shown(merged)} needs a method; "
             "add --kv-compression METHOD (or the keyword kv_compression)"
         )
     _checked(merged)
@@ -99,8 +104,8 @@ def _checked(settings: Mapping[str, Any]) -> KVCompressionConfig | None:
             f"{KEY} needs vLLM {' or '.join(SUPPORTED_VLLM)}, not {__version__}; "
             "install one of these or start without compression"
         )
-    if isinstance(settings, Mapping) and settings.get("method") in models.METHODS:
-        if others := sorted(settings.keys() - {"method"}):
+    if isinstance(settings, Mapping) and settings.get("method") in [*models.METHODS]:
+        if others := sorted(map(str, settings.keys() - {"method"})):
             raise ConfigError(
                 f"{KEY}: {settings['method']} is how a model is built and has no "
                 f"settings; drop {', '.join(others)}"

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from .. import models
 from ..config import DEFAULT_BUDGET, ConfigError
 from ..methods import load_method, method_names
+from ..parsing import shown
 from .args import fold
 
 GROUP = "KVCompression"
@@ -96,11 +97,11 @@ def _fold_when_parsed(parser: argparse.ArgumentParser) -> None:
 def _json_object(text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a JSON object such as '{{\"budget\": 1024}}'"
+            f"{shown(text)} is not a JSON object such as '{{\"budget\": 1024}}'"
         )
     return value
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import KEY, KVCompressionConfig
+from ..parsing import shown
 from .args import config_of
 from .shared_models import prompt_logprobs_refusal
 
@@ -46,7 +47,7 @@ class RequestError(ValueError):
     """
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{field}={value!r} is not possible; allowed: {allowed}")
+        super().__init__(f"{field}={shown(value)} is not possible; allowed: {allowed}")
         self.field = field
 
 
@@ -65,7 +66,7 @@ def request_settings(
     Raises:
         RequestError: Unknown key, wrong type, or more than the server allows.
     """
-    mine = {k: v for k, v in (extra_args or {}).items() if k.startswith(KEY)}
+    mine = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(KEY)}
     mode = mine.pop(KEY, None)
     budget = mine.pop(BUDGET_KEY, None)
     usage = mine.pop(USAGE_KEY, None)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+MOST_TOKENS = 2**31 - 1  # kernels count in 32 bits
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,18 @@ class Scorer(BaseModel):
     copying and memory are written once, elsewhere.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
 
     name: ClassVar[str]
+
+    @field_validator("*")
+    @classmethod
+    def _in_32_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > MOST_TOKENS:
+            raise ValueError(f"should be less than or equal to {MOST_TOKENS}")
+        return value
 
     @property
     def needs_queries(self) -> int:

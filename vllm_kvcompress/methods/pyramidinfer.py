@@ -120,7 +120,7 @@ class PyramidInfer(Scorer):
         while True:
             # Recent tokens grow with the length, so that this is a lower bound.
             length = max(length, int((prompt + left) / (1 - self.recent_ratio)))
-            while length - self.queries_wanted(length) < prompt + left:
+            while length < end and length - self.queries_wanted(length) < prompt + left:
                 length += 1
             if length >= end:
                 return
