@@ -132,8 +132,8 @@ FEATURES = [
     Feature(
         "Ray executor",
         elsewhere={EVERY: "tests/engine/test_ray.py::test_workers_of_ray_compress"},
-        note="one test for all, with two workers; vLLM refuses Ray on CPUs, so the test "
-        "gives the CPU a device name",
+        note="one test for all, with two workers; vLLM refuses Ray on CPUs, so the "
+        "test gives the CPU a device name",
     ),
     Feature(
         "KV connectors",

@@ -171,9 +171,9 @@ def test_bad_keywords(keywords):
 
 
 def test_other_vllm_is_refused_only_when_asked(monkeypatch):
-    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    monkeypatch.setattr(vllm, "__version__", "0.34.1")
     assert EngineArgs("m").additional_config == {}
-    with pytest.raises(ConfigError, match=r"vLLM 0\.32\.\*, not 0\.33\.1"):
+    with pytest.raises(ConfigError, match=r"vLLM 0\.32 or 0\.33, not 0\.34\.1"):
         EngineArgs("m", kv_compression="snapkv")
 
 

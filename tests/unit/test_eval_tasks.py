@@ -208,8 +208,10 @@ def test_depth(haystack: str, name: str, tokenizer, depth: float) -> None:
         text = haystack_of(sample)
         before = tokens(tokenizer, text[: asked_at(sample)])
         room = tokens(tokenizer, text) - (600 if name == "needle" else 0)
-        # Half a unit, the words before the answer and the other needles.
-        assert before / room == pytest.approx(depth, abs=0.06)
+        # Half a unit, the words before the answer and the other needles; documents of
+        # a question are long units.
+        within = 0.1 if name == "qa" else 0.06
+        assert before / room == pytest.approx(depth, abs=within)
 
 
 @pytest.mark.parametrize("name", NEEDLES)

@@ -36,6 +36,14 @@ TWO_ENGINES = FIRST + "".join(
 COMMAND = [sys.executable, "-m", "vllm_kvcompress.tools.main", "top"]
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Shells have what they start in the background ignore SIGINT; children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Server(HTTPServer):
     """Gives each of its pages once, the last one for ever."""
 
