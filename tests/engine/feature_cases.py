@@ -20,7 +20,7 @@ from tests.engine import v2_harness  # noqa: E402
 del sys.path[0]
 
 RANK = 8
-PRIVATE = 24  # blocks beyond those of the longest request
+PRIVATE = 60  # blocks beyond those of the longest request
 EVEN_TOKENS = r"(<\d*[02468]>){100}"
 
 
