@@ -157,7 +157,7 @@ FEATURES = [
 
 INTRODUCTION = """# Support matrix
 
-Each cell is a test with real vLLM on CPUs ([table](../tests/features.py)). *Works*:
+Each cell but the last rows is a test on CPUs ([table](../tests/features.py)). *Works*:
 requests that the method compresses get the same tokens with the feature as without.
 *Refused*: the server does not start, and says in one sentence what to change. CUDA
 graphs, fused kernels and attention backends of GPUs have not yet run on one.
