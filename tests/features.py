@@ -150,7 +150,12 @@ FEATURES = [
     Feature(
         "KV offloading", {"kv_offloading_size": 1.0}, refused={EVERY: "KV offloading"}
     ),
-    Feature("sleep mode", unrun="stock vLLM has it on GPUs only"),
+    Feature(
+        "sleep mode",
+        how="asleep",
+        note="requests in flight are computed anew; CPUs keep their memory, "
+        "so the test overwrites it",
+    ),
     Feature("multimodal prompts", unrun="nothing is known against it"),
 ]
 

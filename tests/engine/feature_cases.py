@@ -6,6 +6,7 @@ OUTPUT holds, by server: the answers to `requests`, with ``compressions`` that w
 counted and ``expected``, and ``seen``: proof that the feature was at work.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tests.engine import v2_harness  # noqa: E402
 del sys.path[0]
 
 RANK = 8
+AWAKE = 8  # steps
 PRIVATE = 60  # blocks beyond those of the longest request
 EVEN_TOKENS = r"(<\d*[02468]>){100}"
 
@@ -94,6 +96,28 @@ class Case:
         order = list(range(len(self.asked)))[::-1]
         found = self.preempted(more=PRIVATE, priority=order)
         return {**found, "seen": "pool_dry" not in stats(self.llm)["skipped"]}
+
+    def asleep(self) -> dict[str, Any]:
+        """Put to sleep in the middle, twice; all KV memory is then overwritten."""
+        from tests.engine.conftest import attention, preemptions
+
+        undone, asleep = preemptions(self.llm), []
+        engine = self.llm.llm_engine
+        step, steps = engine.step, itertools.count()
+
+        def sleeping_step() -> Any:
+            if next(steps) in (AWAKE, AWAKE + 9):
+                self.llm.sleep(level=1, mode="keep")
+                asleep.append(engine.is_sleeping())
+                for layer in attention(self.llm):
+                    layer.kv_cache.fill_(1e4)
+                assert self.llm.wake_up()
+            return step()
+
+        engine.step = sleeping_step
+        found = self._asked(True)
+        self.expected += sum(undone)
+        return {**found, "seen": asleep == [True, True] and any(undone)}
 
     def samples(self) -> dict[str, Any]:
         """Two samples of each, and one by one with their seeds."""

@@ -80,7 +80,7 @@ from vllm_kvcompress.engine import compat
 LLM({str(llama)!r}, skip_tokenizer_init=True, dtype="float32", max_model_len=256,
     enforce_eager=True, num_gpu_blocks_override=16)
 def ours(seam):
-    found = compat.resolve(seam)
+    found = seam.resolve()
     found = found.__init__ if isinstance(found, type) else found
     code = getattr(found, "__code__", None)
     return code is not None and "vllm_kvcompress" in code.co_filename
@@ -95,5 +95,6 @@ print(wrapped)
         [
             "vllm.engine.arg_utils:EngineArgs.add_cli_args",
             "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+            "vllm.engine.arg_utils:EngineArgs",  # its keywords
         ]
     )

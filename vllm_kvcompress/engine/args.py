@@ -163,6 +163,9 @@ def _switch_on(
         **vllm_config.additional_config,
         KEY: config.settings(),
     }
+    from . import compat
+
+    compat.check_imports()
     from .enable import enable
 
     enable(vllm_config, config)

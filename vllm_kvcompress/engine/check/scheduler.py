@@ -10,7 +10,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from ...plan import StepPlan
-from .. import compat
 from ..scheduler import CompressedAsyncScheduler, CompressedScheduler
 from .ledger import Ledger
 from .seams import SEAMS
@@ -70,7 +69,7 @@ class _Checked:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         for seam in SEAMS:
-            compat.resolve(seam)
+            seam.resolve()
         super().__init__(*args, **kwargs)
         self._switch = Switch.read() or Switch()
         self._ledger = Ledger(self)

@@ -17,10 +17,10 @@ SEAMS = (
         _NEVER,
     ),
     Seam(
-        "vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block",
+        "vllm.v1.core.block_pool:BlockHashToBlockMap",
         "its dict is read: hashes lead to blocks that have them",
         _NEVER,
-        ("key",),
+        attributes=("_cache",),
     ),
     Seam(
         "vllm.v1.core.block_pool:BlockPool.get_new_blocks",

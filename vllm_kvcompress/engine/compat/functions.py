@@ -1,42 +1,15 @@
-"""Every internal of vLLM that we touch, and how its moving would show.
+"""Functions of vLLM that we override, wrap, replace or call, and why."""
 
-A seam that is gone is found at start-up, in one sentence, and by a test.
-"""
-
-import importlib
-import inspect
-from dataclasses import dataclass
-
-from ..config import KEY, ConfigError
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One place of vLLM 0.32 that is not a documented plugin interface.
-
-    Attributes:
-        target: ``module:attribute`` path.
-        why: What we use it for.
-        gone_when: When we could do without.
-        parameters: Parameter names that must exist there.
-    """
-
-    target: str
-    why: str
-    gone_when: str
-    parameters: tuple[str, ...] = ()
-
+from .seam import V1, V2, Seam
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler."
-_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
-_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner."
 _TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl."
 _PLAN = "vLLM has a channel for plugins from scheduler to workers"
 _FIELDS = "EngineArgs lets plugins add fields"
 _HOOKS = "vLLM's runners call hooks around a step"
 _LAYER = "customize_spec learns of the layer"
 
-SEAMS = (
+FUNCTIONS = (
     Seam(
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         "wrapped: adds the flags",
@@ -175,12 +148,12 @@ SEAMS = (
         "a KV cache spec may ask for memory beside its pages",
     ),
     Seam(
-        _V1 + "get_kv_cache_spec",
+        V1 + ".get_kv_cache_spec",
         "overridden: a draft model's layers are the first group, whose rows it reads",
         "V1 gives DraftModelProposer the metadata of its own group",
     ),
-    Seam(_V1 + "get_model", "called: other layers are a draft model's", _LAYER),
-    Seam(_V2 + "get_model", "called: other layers are a draft model's", _LAYER),
+    Seam(V1 + ".get_model", "called: other layers are a draft model's", _LAYER),
+    Seam(V2 + ".get_model", "called: other layers are a draft model's", _LAYER),
     Seam(
         "vllm.distributed:get_pp_group",
         "called: counts the layers of stages below, and finds the last one",
@@ -191,47 +164,47 @@ SEAMS = (
         "compared with: stages but the last share it, so it takes no report",
         _HOOKS,
     ),
-    Seam(_V1 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
+    Seam(V1 + ".initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
-        _V1 + "_update_states",
+        V1 + "._update_states",
         "overridden: forgets requests that left",
         _HOOKS,
         ("scheduler_output",),
     ),
     Seam(
-        _V1 + "_prepare_inputs",
+        V1 + "._prepare_inputs",
         "overridden: knows the order of rows; real batches only",
         _HOOKS,
         ("scheduler_output", "num_scheduled_tokens"),
     ),
     Seam(
-        _V1 + "_determine_batch_execution_and_padding",
+        V1 + "._determine_batch_execution_and_padding",
         "overridden: a chunk of one token is no decode while queries are captured",
         _HOOKS,
         ("force_uniform_decode",),
     ),
-    Seam(_V1 + "execute_model", "overridden: takes the plan", _HOOKS),
-    Seam(_V1 + "sample_tokens", "overridden: compresses after it", _HOOKS),
-    Seam(_V2 + "initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
+    Seam(V1 + ".execute_model", "overridden: takes the plan", _HOOKS),
+    Seam(V1 + ".sample_tokens", "overridden: compresses after it", _HOOKS),
+    Seam(V2 + ".initialize_kv_cache", "overridden: binds layers and builders", _HOOKS),
     Seam(
-        _V2 + "_remove_request",
+        V2 + "._remove_request",
         "overridden: forgets requests that left",
         _HOOKS,
         ("req_id",),
     ),
     Seam(
-        _V2 + "prepare_attn",
+        V2 + ".prepare_attn",
         "overridden: knows the order of rows; real batches only",
         _HOOKS,
         ("input_batch",),
     ),
     Seam(
-        _V2 + "gather_batch_req_state",
+        V2 + ".gather_batch_req_state",
         "overridden: a chunk of one token is no decode while queries are captured",
         _HOOKS,
     ),
-    Seam(_V2 + "execute_model", "overridden: takes the plan", _HOOKS),
-    Seam(_V2 + "sample_tokens", "overridden: compresses after it", _HOOKS),
+    Seam(V2 + ".execute_model", "overridden: takes the plan", _HOOKS),
+    Seam(V2 + ".sample_tokens", "overridden: compresses after it", _HOOKS),
     Seam(
         "vllm.v1.engine.input_processor:InputProcessor._validate_params",
         "wrapped: refuses bad per-request settings",
@@ -256,53 +229,3 @@ SEAMS = (
         ("vllm_config",),
     ),
 )
-
-
-def check_engine() -> None:
-    """Look at every seam outside of the model runners.
-
-    Raises:
-        ConfigError: See `resolve`.
-    """
-    for seam in SEAMS:
-        if not seam.target.startswith((_V1, _V2)):
-            resolve(seam)
-
-
-def check_runner(v2: bool) -> None:
-    """Look at the seams of one model runner.
-
-    Raises:
-        ConfigError: See `resolve`.
-    """
-    for seam in SEAMS:
-        if seam.target.startswith(_V2 if v2 else _V1):
-            resolve(seam)
-
-
-def resolve(seam: Seam) -> object:
-    """The object behind a seam.
-
-    Raises:
-        ConfigError: It is gone, or has lost a parameter.
-    """
-    module, _, path = seam.target.partition(":")
-    try:
-        found: object = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError):
-        raise ConfigError(_moved(seam, "is gone")) from None
-    if seam.parameters:
-        has = inspect.signature(found).parameters  # type: ignore[arg-type]
-        missing = [name for name in seam.parameters if name not in has]
-        if missing:
-            raise ConfigError(_moved(seam, f"takes no {', '.join(missing)}"))
-    return found
-
-
-def _moved(seam: Seam, what: str) -> str:
-    return (
-        f"{KEY}: vLLM's {seam.target} {what} in this version; install vLLM 0.32, "
-        "or start without --kv-compression"
-    )
