@@ -107,7 +107,9 @@ class KVCompressionConfig(BaseModel):
             others = {name: {} for name in others}
         if isinstance(others, Mapping):
             given["request_methods"] = {
-                name: named_method(name, own, "request_methods.")
+                name: scorer
+                if name == scorer.name and own == {}
+                else named_method(name, own, "request_methods.")
                 for name, own in others.items()
             }
         config = built(cls, "", scorer=scorer, **given)

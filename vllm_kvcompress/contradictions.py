@@ -14,6 +14,7 @@ SIZE_KEYS = ("budget", "keep_ratio", "layer_budgets")
 def contradictions(config: "KVCompressionConfig") -> Iterator[str]:
     """What two settings together make impossible, a sentence each."""
     yield from _sizes(config)
+    yield from _named_again(config)
     yield from _by_head(config)
     yield from _by_layer(config)
     yield from _merged(config)
@@ -36,6 +37,15 @@ def _sizes(config: "KVCompressionConfig") -> Iterator[str]:
                 f"budget={budget} must be larger than the {config.always_kept} "
                 f"tokens that {config.method} always keeps"
             )
+
+
+def _named_again(config: "KVCompressionConfig") -> Iterator[str]:
+    own = config.request_methods.get(config.method, config.scorer)
+    if own != config.scorer:
+        yield (
+            f"request_methods.{config.method} has other parameters than the server's "
+            "own method; drop it, its name alone means the same"
+        )
 
 
 def _by_head(config: "KVCompressionConfig") -> Iterator[str]:
@@ -63,6 +73,12 @@ def _by_layer(config: "KVCompressionConfig") -> Iterator[str]:
         yield (
             f"layers_per_tier={config.layers_per_tier} needs budgets that differ by "
             "layer; drop it, or give layer_budgets"
+        )
+    generating = config.decode.scorer if config.decode else config.scorer
+    if generating.layered and not (generating.owns_budget or config.tiered):
+        yield (
+            f"decode.method={generating.name}, whose budgets differ by layer, cannot "
+            f"follow method={config.method}; give it for both"
         )
     for name, scorer in config.request_methods.items():
         if scorer.layered and not config.tiered:

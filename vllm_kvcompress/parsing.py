@@ -109,6 +109,8 @@ def read_json(path: str) -> Any:
         ConfigError: It cannot be read.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")  # such as a device, which never ends
         return json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(

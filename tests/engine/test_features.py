@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ RUN = [
     if feature.status(method) == "works" and not feature.proof(method)
 ]
 
-# An adapter is added in another order than weights that hold it.
-TOLERANCE = defaultdict(lambda: 2e-4, lora=2e-2)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -50,7 +47,7 @@ def _adapter(path: Path, merged: Path) -> None:
     from transformers import AutoConfig
 
     weights = load_file(path / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
     adapter = {}
     for name, weight in weights.items():
         if "self_attn" not in name or "norm" in name:
@@ -123,12 +120,13 @@ def bound(title: str) -> str:
     return f"{cores[0]}|{cores[-1]}"
 
 
-def _servers(method: str) -> list[str]:
-    """Those that offer the method."""
+def _servers(feature: Feature, method: str) -> list[str]:
+    """Those that offer the method and start with the feature."""
     return [
         name
         for name, settings in SERVERS.items()
-        if method in {settings["method"], *settings["request_methods"]}
+        if name not in feature.cannot
+        and method in {settings["method"], *settings["request_methods"]}
     ]
 
 
@@ -137,7 +135,7 @@ def _servers(method: str) -> list[str]:
 )
 def test_cell(feature: Feature, method: str, serve: Any) -> None:
     checked = 0
-    for name in _servers(method):
+    for name in _servers(feature, method):
         found = serve(feature.title)[name]
         assert found["seen"]
         assert found["compressions"] == found["expected"]
@@ -153,6 +151,6 @@ def test_cell(feature: Feature, method: str, serve: Any) -> None:
             if own == method:
                 if feature.how == "lora":
                     mine, theirs = certain(mine, theirs), certain(theirs, theirs)
-                assert Answer(**mine).near(Answer(**theirs), TOLERANCE[feature.how])
+                assert Answer(**mine).near(Answer(**theirs))
                 checked += 1
     assert checked

@@ -53,6 +53,15 @@ def test_from_dict_leaves_its_argument_alone():
         ({"window": 0}, ["window=0", "greater than or equal to 1"]),
         ({"layer_budgets": [512, 32]}, ["budget=32", "larger than", "32"]),
         ({"layer_budgets": "none.json"}, ["'none.json'", "readable JSON"]),
+        ({"layer_budgets": "/dev/zero"}, ["'/dev/zero'", "no file"]),
+        (
+            {"window": 16, "request_methods": {"snapkv": {"window": 8}}},
+            ["request_methods.snapkv", "other parameters", "drop it"],
+        ),
+        (
+            {"decode": {"method": "pyramidkv"}},
+            ["decode.method=pyramidkv", "method=snapkv", "both"],
+        ),
         ({"layer_budgets": [9], "budget": 512}, ["budget=512", "layer_budgets"]),
         ({"layers_per_tier": 2}, ["layers_per_tier=2", "layer_budgets"]),
         ({"decode": 128}, ["decode must be a mapping"]),
@@ -181,6 +190,13 @@ def test_prompt_budget():
     assert share.prompt_budget(10_000, 16, requested=128) == 128
     assert share.prompt_budget(10_000, 16, requested=9_000) == 2_500
     assert share.prompt_budget(40, 16) == share.smallest_budget(16) == 47
+
+
+def test_the_own_method_named_again_is_the_same():
+    for again in (["snapkv", "tova"], {"snapkv": {}, "tova": {}}):
+        config = parse(window=16, request_methods=again)
+        assert config.request_methods["snapkv"] == config.scorer
+        assert KVCompressionConfig.from_dict(config.settings()) == config
 
 
 def test_layer_budgets_from_a_file(tmp_path):
