@@ -7,7 +7,7 @@ blocks, and their rows of the block table shortened.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..config import KEY, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from ..ops.select import select
-from ..plan import Compress, Counters, StepPlan
+from ..plan import Compress, Counters, Report, StepPlan
 from .head_pages import HeadPages
+from .heads import rate
 from .kernels import choose_kernels
-from .layers import paired_layers, rate, reads_from
+from .layers import paired_layers, reads_from
 from .layout import kernel_blocks
 from .merging import merge_groups
 from .observation import ObservationWindow, observed
@@ -29,6 +30,7 @@ from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
 from .spec import CompressedAttentionSpec
+from .stages import StageCounts
 from .uneven import HeldLayer, keep_by_head
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
@@ -42,6 +44,9 @@ class _Group:
     layers: list[Any]
     block_size: int
     rows: RowShift
+    # Request id -> blocks of its overflow that are filled; and as the report had it.
+    overflow: dict[str, int] = field(default_factory=dict)
+    reported: dict[str, int] = field(default_factory=dict)
 
 
 class CompressionExecutor:
@@ -57,6 +62,7 @@ class CompressionExecutor:
         # Set by the runner, where a scorer prunes.
         self.pruner: Pruner | None = None
         self.totals = Counters()
+        self._stages = StageCounts()
 
     def bind(
         self,
@@ -161,7 +167,7 @@ class CompressionExecutor:
         if self.pruner:
             self.pruner.end()
 
-    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
+    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Report:
         """Execute the plan after the forward and report what was done.
 
         Args:
@@ -170,7 +176,7 @@ class CompressionExecutor:
             write_row: ``(group, request id, first entry, block ids)``.
         """
         plan, self._plan = self._plan, StepPlan()
-        report = Counters()
+        report = Report()
         if not plan:
             return report
         started = time.perf_counter()
@@ -189,6 +195,7 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
+        self._report_overflow(plan, report)
         for request_id, count in plan.observed.items():
             for window in self._windows:
                 window.keep(request_id, count)
@@ -197,6 +204,22 @@ class CompressionExecutor:
         self.totals.add(report)
         self.totals.add(Counters(skipped=plan.skipped))
         return report
+
+    def _report_overflow(self, plan: StepPlan, report: Report) -> None:
+        """Tell how many blocks of `Compress.overflow` are filled, on any worker."""
+        found = [
+            (self._groups[index], request_id, index)
+            for request_id, groups in plan.compress.items()
+            for index, directive in groups.items()
+            if directive.overflow
+        ]
+        used = [group.overflow.get(request_id, 0) for group, request_id, _ in found]
+        if found:
+            used = self._stages.sum_on_last(used)
+        for (group, request_id, index), count in zip(found, used, strict=True):
+            report.blocks_freed += group.reported.get(request_id, 0) - count
+            report.overflow.setdefault(request_id, {})[index] = count
+            group.reported[request_id] = count
 
     def _execute(
         self, request_id: str, groups: Mapping[int, Compress], read_row: ReadRow
@@ -247,7 +270,9 @@ class CompressionExecutor:
         scorer = self._scorers[directive.scorer]
         num_tokens = directive.num_tokens - directive.shift * group.block_size
         candidates = (directive.end_block - directive.shift) * group.block_size
-        named = torch.tensor(directive.destination, dtype=torch.long)
+        named = torch.tensor(
+            directive.destination + directive.overflow, dtype=torch.long
+        )
         private = named.to(self._device, non_blocking=True)
         by_head: list[HeldLayer] = []
         for layer in group.layers:
@@ -275,20 +300,27 @@ class CompressionExecutor:
             kept = select(scores, len(target) * cache.shape[2])
             pages.compact(source, kept, target)
         if isinstance(group.rows, HeadPages) and by_head:
-            keep_by_head(
+            split = group.block_size // cache.shape[2]
+            filled = keep_by_head(
                 scorer,
                 by_head,
                 source,
-                kernel_blocks(named, group.block_size // cache.shape[2]),
+                kernel_blocks(named, split),
+                len(directive.destination) * split,
                 num_tokens,
                 candidates,
                 group.rows,
                 request_id,
+            )
+            group.overflow[request_id] = -(-filled // split) - len(
+                directive.destination
             )
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
+            group.overflow.pop(request_id, None)
+            group.reported.pop(request_id, None)
         for window in self._windows:
             window.keep(request_id, 0)
