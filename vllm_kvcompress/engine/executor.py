@@ -7,7 +7,7 @@ blocks, and their rows of the block table shortened.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +25,12 @@ from .layout import kernel_blocks
 from .merging import merge_groups
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
+from .overflow import Overflow
 from .page_formats import KEYS, VALUES, find_scales, pages_of
 from .pruner import Pruner, Tier
 from .rows import RowShift
 from .shared_pages import SharingRows
 from .spec import CompressedAttentionSpec
-from .stages import StageCounts
 from .uneven import HeldLayer, keep_by_head
 
 WriteRow = Callable[[int, str, int, tuple[int, ...]], None]
@@ -41,12 +41,10 @@ ReadRow = Callable[[int, str, int, int], torch.Tensor]
 class _Group:
     """One compressed KV cache group of this worker."""
 
+    index: int
     layers: list[Any]
     block_size: int
     rows: RowShift
-    # Request id -> blocks of its overflow that are filled; and as the report had it.
-    overflow: dict[str, int] = field(default_factory=dict)
-    reported: dict[str, int] = field(default_factory=dict)
 
 
 class CompressionExecutor:
@@ -62,7 +60,7 @@ class CompressionExecutor:
         # Set by the runner, where a scorer prunes.
         self.pruner: Pruner | None = None
         self.totals = Counters()
-        self._stages = StageCounts()
+        self._overflow = Overflow()
 
     def bind(
         self,
@@ -96,7 +94,7 @@ class CompressionExecutor:
             elif own and own[0] in pairs:
                 rows = SharingRows(max_num_reqs, self._device)
                 rows.bind([(pairs[layer], layer) for layer in own], factors)
-            group = self._groups[index] = _Group(own, kv_spec.block_size, rows)
+            group = self._groups[index] = _Group(index, own, kv_spec.block_size, rows)
             if uneven:
                 for layer in group.layers:
                     check_pages(layer.kv_cache)
@@ -195,7 +193,7 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
-        self._report_overflow(plan, report)
+        self._overflow.report(plan, report)
         for request_id, count in plan.observed.items():
             for window in self._windows:
                 window.keep(request_id, count)
@@ -204,22 +202,6 @@ class CompressionExecutor:
         self.totals.add(report)
         self.totals.add(Counters(skipped=plan.skipped))
         return report
-
-    def _report_overflow(self, plan: StepPlan, report: Report) -> None:
-        """Tell how many blocks of `Compress.overflow` are filled, on any worker."""
-        found = [
-            (self._groups[index], request_id, index)
-            for request_id, groups in plan.compress.items()
-            for index, directive in groups.items()
-            if directive.overflow
-        ]
-        used = [group.overflow.get(request_id, 0) for group, request_id, _ in found]
-        if found:
-            used = self._stages.sum_on_last(used)
-        for (group, request_id, index), count in zip(found, used, strict=True):
-            report.blocks_freed += group.reported.get(request_id, 0) - count
-            report.overflow.setdefault(request_id, {})[index] = count
-            group.reported[request_id] = count
 
     def _execute(
         self, request_id: str, groups: Mapping[int, Compress], read_row: ReadRow
@@ -270,9 +252,8 @@ class CompressionExecutor:
         scorer = self._scorers[directive.scorer]
         num_tokens = directive.num_tokens - directive.shift * group.block_size
         candidates = (directive.end_block - directive.shift) * group.block_size
-        named = torch.tensor(
-            directive.destination + directive.overflow, dtype=torch.long
-        )
+        blocks = directive.destination + directive.overflow
+        named = torch.tensor(blocks, dtype=torch.long)
         private = named.to(self._device, non_blocking=True)
         by_head: list[HeldLayer] = []
         for layer in group.layers:
@@ -301,26 +282,24 @@ class CompressionExecutor:
             pages.compact(source, kept, target)
         if isinstance(group.rows, HeadPages) and by_head:
             split = group.block_size // cache.shape[2]
+            mean = len(directive.destination)
             filled = keep_by_head(
                 scorer,
                 by_head,
                 source,
                 kernel_blocks(named, split),
-                len(directive.destination) * split,
+                mean * split,
                 num_tokens,
                 candidates,
                 group.rows,
                 request_id,
             )
-            group.overflow[request_id] = -(-filled // split) - len(
-                directive.destination
-            )
+            self._overflow.fill(request_id, group.index, -(-filled // split) - mean)
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
-            group.overflow.pop(request_id, None)
-            group.reported.pop(request_id, None)
+        self._overflow.forget(request_id)
         for window in self._windows:
             window.keep(request_id, 0)

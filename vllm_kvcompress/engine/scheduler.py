@@ -294,14 +294,13 @@ class CompressedScheduler(Scheduler):
         return outputs
 
     def _settle(self, plan: StepPlan, report: Report) -> None:
-        """Give back blocks that no worker needed."""
+        """Give back blocks that no worker needs."""
         for request_id, groups in report.overflow.items():
-            told = self._usages.get(request_id)
             for group, used in groups.items():
                 directive = plan.compress[request_id][group]
                 stands = self._managers[group].settle(request_id, directive, used)
-                if told and stands:
-                    told.settle(group, used)
+                if stands and request_id in self._usages:
+                    self._usages[request_id].settle(group, used)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics with ours attached."""
