@@ -53,7 +53,7 @@ class HeldHeads:
 
     def queries(self, queries: torch.Tensor) -> torch.Tensor:
         """``[tokens, query_heads, head_size]``: those of its head on all workers."""
-        if self.copies == 1:
+        if self.copies == 1 or not len(queries):
             return queries
         found = tensor_model_parallel_all_gather(queries.contiguous(), dim=1)
         return found.chunk(self.total, dim=1)[self.first]

@@ -80,7 +80,8 @@ def keep_by_head(
         kept = torch.cat(
             [own + start for own, start in zip(best, starts, strict=False)]
         )
-        layer.pages.compact(torch.cat(held), kept[None], pages)
+        if len(pages):  # else all are other workers'
+            layer.pages.compact(torch.cat(held), kept[None], pages)
     return max(mean, -(-heads.most(all_shares) // heads.count))
 
 
