@@ -1,8 +1,9 @@
 """Serves on some tensor-parallel workers. Run by `test_parallel`.
 
-    python parallel_cases.py MODEL WORKERS SETTINGS LENGTHS OUTPUT
+    python parallel_cases.py MODEL WORKERS STAGES SETTINGS LENGTHS OUTPUT
 
-OUTPUT holds the answers, what each worker has kept, and how many blocks went where.
+There are as many WORKERS on each pipeline stage. OUTPUT holds the answers, what each
+worker has kept, and how many blocks went where.
 """
 
 import json
@@ -24,7 +25,9 @@ from tests.engine.conftest import (  # noqa: E402
 del sys.path[0]
 
 
-def main(model: str, workers: str, settings: str, lengths: str, output: str) -> None:
+def main(
+    model: str, workers: str, stages: str, settings: str, lengths: str, output: str
+) -> None:
     """Serve prompts of some lengths at once, by all methods in turns."""
     import torch
     from vllm import SamplingParams
@@ -36,7 +39,7 @@ def main(model: str, workers: str, settings: str, lengths: str, output: str) -> 
     prompts = [prompt(n, seed=n) for n in json.loads(lengths) for _ in methods]
     params = [
         SamplingParams(
-            max_tokens=100,
+            max_tokens=64,
             temperature=0.0,
             detokenize=False,
             ignore_eos=True,
@@ -50,7 +53,11 @@ def main(model: str, workers: str, settings: str, lengths: str, output: str) -> 
     with engine(
         Path(model),
         tensor_parallel_size=int(workers),
+        pipeline_parallel_size=int(stages),
         max_num_seqs=64,
+        # vLLM's CPU worker runs no pipeline eagerly.
+        enforce_eager=False,
+        compilation_config={"backend": "eager"},
         additional_config={"kv_compression": config},
     ) as llm:
         llm.collective_rpc(kept.listen)

@@ -14,7 +14,7 @@ from tests.engine import kept
 from tests.engine.conftest import save_llama, save_lopsided
 
 CASES = Path(__file__).with_name("parallel_cases.py")
-LENGTHS = [500, 90, 231, 333]
+LENGTHS = [500, 90, 231]
 METHODS = ["random", "tova", "rkv", "keydiff"]
 ADA = {"budget": 160, "window": 16, "floor": 0.0, "decode": {"interval": 48}}
 # By the number of KV heads: with one, both workers hold it.
@@ -43,17 +43,22 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def run(model: Path, workers: int, settings: dict[str, Any], output: Path) -> Any:
+def run(
+    model: Path, workers: int, settings: dict[str, Any], output: Path, stages: int = 1
+) -> Any:
     """What `parallel_cases` finds; our engine checks itself meanwhile."""
     cores = sorted(os.sched_getaffinity(0))
-    binding = "|".join(str(cores[worker % len(cores)]) for worker in range(workers))
-    words = [str(model), str(workers), json.dumps(settings), json.dumps(LENGTHS)]
+    count = workers * stages
+    binding = "|".join(str(cores[worker % len(cores)]) for worker in range(count))
+    sizes = [str(model), str(workers), str(stages)]
+    words = [*sizes, json.dumps(settings), json.dumps(LENGTHS)]
     done = subprocess.run(
         [sys.executable, str(CASES), *words, str(output)],
         env={
             **os.environ,
             "VLLM_CPU_OMP_THREADS_BIND": binding,
             "VLLM_KVCOMPRESS_CHECK": "poison",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },
         cwd=output.parent,
         capture_output=True,
@@ -94,3 +99,25 @@ def test_two_workers_keep_and_answer_as_one(tmp_path: Path, case: str) -> None:
     for request, (one, two) in enumerate(told):
         own = [n for (name, _), n in shared["overflow"].items() if name == str(request)]
         assert one - two == sum(own)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(1200)
+def test_stages_of_two_workers_keep_and_answer_as_one(tmp_path: Path) -> None:
+    """The last stage tells the scheduler what the first one's heads need."""
+    model = save_lopsided(tmp_path / "model", kv_heads=4)
+    settings = {"method": "ada_snapkv", **ADA, "layers_per_tier": 1}
+    alone, shared = (
+        run(model, n, settings, tmp_path / "found.pt", stages=n) for n in (1, 2)
+    )
+    assert shared["tokens"] == alone["tokens"]
+    whole = alone["kept"][0]
+    for worker, found in enumerate(shared["kept"]):
+        stage, rank = divmod(worker, 2)
+        own = {name: records[stage::2] for name, records in whole.items()}
+        assert found == kept.part(own, rank, 2)
+    assert {group for (_, group), n in shared["overflow"].items() if n} == {0, 1}
+    more = sum(shared["overflow"].values())
+    assert alone["blocks_freed"] - shared["blocks_freed"] == more
+    assert alone["left"] == shared["left"] == 0
