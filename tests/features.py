@@ -27,7 +27,6 @@ class Feature:
         elsewhere: Tests that prove it, by method or for `EVERY`, where how requests
             are served is too special for `feature_cases`.
         cannot: Servers of `serving` that are refused with it.
-        apart: Methods that work and choose other tokens than without it.
         unrun: Why nobody has run it.
         note: What else users should know.
     """
@@ -38,16 +37,13 @@ class Feature:
     refused: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     cannot: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
     unrun: str = ""
     note: str = ""
 
     def status(self, method: str) -> str:
-        """``works``, ``refused``, ``not yet run`` or ``works, other tokens``."""
+        """``works``, ``refused`` or ``not yet run``."""
         if self.unrun:
             return "not yet run"
-        if method in self.apart:
-            return "works, other tokens"
         return "refused" if self.refusal(method) else "works"
 
     def refusal(self, method: str) -> str | None:
@@ -109,13 +105,8 @@ FEATURES = [
         "tensor parallel, 2 workers",
         {"tensor_parallel_size": 2},
         "workers",
-        apart=("random",),
-        note="`random` draws anew on each worker; `ada_snapkv` deals out among a "
-        "worker's own KV heads",
-        elsewhere={
-            "ada_snapkv": "tests/engine/test_parallel.py::"
-            "test_each_worker_deals_out_to_its_own_heads",
-        },
+        note="each KV head keeps the same tokens; `ada_snapkv` takes more blocks where "
+        "the heads of one worker keep more than those of another",
     ),
     Feature(
         "pipeline parallel, 2 stages",

@@ -57,4 +57,5 @@ def stats(llm: "LLM") -> dict[str, Any]:
             "this LLM has no KV cache compression; make it with "
             'LLM(..., kv_compression="snapkv")'
         )
-    return llm.collective_rpc("kv_compression_stats")[0]
+    # The last pipeline stage knows of all.
+    return llm.collective_rpc("kv_compression_stats")[-1]

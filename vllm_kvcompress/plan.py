@@ -26,6 +26,8 @@ class Compress:
         merged_blocks: Of ``destination``, behind what stays, so many blocks hold tokens
             merged with those of another group's layers.
         owner: The group that these belong to, None = this one.
+        overflow: More blocks, for tensor-parallel workers whose KV heads keep more than
+            the mean of all heads; those that no worker fills go back to the pool.
     """
 
     scorer: str
@@ -38,6 +40,7 @@ class Compress:
     pruned: bool = False
     merged_blocks: int = 0
     owner: int | None = None
+    overflow: tuple[int, ...] = ()
 
     @property
     def new_shift(self) -> int:
@@ -46,7 +49,7 @@ class Compress:
 
     @property
     def freed_blocks(self) -> int:
-        """Blocks that go back to the pool."""
+        """Blocks that go back to the pool, unless heads overflow."""
         borrowed = 0 if self.owner is None else self.merged_blocks
         return self.new_shift - self.shift + borrowed
 
@@ -92,9 +95,22 @@ class Counters:
 
     def add(self, other: "Counters") -> None:
         """Add another report to these totals."""
-        for name, value in vars(other).items():
+        for name in vars(Counters()):
+            value = getattr(other, name)
             if name == "skipped":
                 for reason, count in value.items():
                     self.skipped[reason] = self.skipped.get(reason, 0) + count
             else:
                 setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Report(Counters):
+    """What a step's plan came to.
+
+    Attributes:
+        overflow: Request id -> KV cache group -> how many blocks of
+            `Compress.overflow` some worker has filled.
+    """
+
+    overflow: dict[str, dict[int, int]] = field(default_factory=dict)

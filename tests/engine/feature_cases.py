@@ -3,7 +3,8 @@
     python feature_cases.py MODEL OUTPUT TITLE       (no title: without any feature)
 
 OUTPUT holds, by server: the answers to `requests`, with ``compressions`` that were
-counted and ``expected``, and ``seen``: proof that the feature was at work.
+counted and ``expected``, and ``seen``: proof that the feature was at work. Without any,
+and on tensor-parallel workers, also which tokens each worker has ``kept``.
 """
 
 import itertools
@@ -14,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# On the path for one import only: folders of the root would shadow packages.
-sys.path[0] = str(Path(__file__).parents[2])
-from tests.engine import v2_harness  # noqa: E402
+# On the path for these only: folders of the root would shadow packages.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.engine import kept, v2_harness  # noqa: E402
 
 del sys.path[0]
 
@@ -252,7 +253,12 @@ def main(model: str, output: str, title: str = "") -> None:
         settings = SERVERS[name]
         with served(Path(model), settings, **own) as llm:
             case = Case(llm, Path(model), settings)
+            listens = not title or "tensor_parallel_size" in own
+            if listens:
+                llm.collective_rpc(kept.listen)
             found[name] = getattr(case, feature.how)()
+            if listens:
+                found[name]["kept"] = llm.collective_rpc(kept.kept)
             found[name]["compressions"] = stats(llm)["compressions"]
             found[name]["expected"] = case.expected
     torch.save(found, output)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine import kept
 from tests.engine.conftest import VOCAB, Answer
 from tests.engine.feature_cases import RANK
 from tests.engine.serving import SERVERS, requests
@@ -130,6 +131,18 @@ def _servers(feature: Feature, method: str) -> list[str]:
     ]
 
 
+def _check_kept(
+    found: list[dict[str, Any]], alone: dict[str, Any], own: set[str], workers: int
+) -> None:
+    """Each worker keeps what one alone does of the same KV heads."""
+    whole = {name: records for name, records in alone.items() if name in own}
+    assert whole
+    assert len(found) == workers
+    for rank, records in enumerate(found):
+        mine = {name: records[name] for name in own & records.keys()}
+        assert mine == kept.part(whole, rank, workers)
+
+
 @pytest.mark.parametrize(
     ("feature", "method"), RUN, ids=[f"{f.title}-{method}" for f, method in RUN]
 )
@@ -146,6 +159,9 @@ def test_cell(feature: Feature, method: str, serve: Any) -> None:
                 checked += 1
             continue
         alone = serve(model="merged" if feature.how == "lora" else "plain")[name]
+        if workers := feature.engine.get("tensor_parallel_size", 0):
+            own = {str(n) for n, each in enumerate(methods) if each == method}
+            _check_kept(found["kept"], alone["kept"][0], own, workers)
         pairs = zip(found["answers"], alone["answers"], methods, strict=True)
         for mine, theirs, own in pairs:
             if own == method:

@@ -38,13 +38,8 @@ def model(request: Any, tmp_path_factory: Any) -> Path:
     return save_lopsided(tmp_path_factory.mktemp("heads"), kv_heads=request.param)
 
 
-def visible(
-    dense: DenseLlama, state: Any, tier_size: int, ranks: int = 1
-) -> list[torch.Tensor] | None:
-    """What is left of a prompt, ``[kv_heads, prompt]`` in each layer.
-
-    Each tensor-parallel rank shares out among its own heads.
-    """
+def visible(dense: DenseLlama, state: Any, tier_size: int) -> list[torch.Tensor] | None:
+    """What is left of a prompt, ``[kv_heads, prompt]`` in each layer."""
     heads, length, head_size = state.keys[0].shape
     whole, tail = divmod(length, BLOCK)
     kept = (BUDGET - tail) // BLOCK
@@ -66,9 +61,7 @@ def visible(
         tier = scores[first : first + tier_size]
         mask = torch.zeros(heads, length, dtype=torch.bool)
         mask[:, whole * BLOCK :] = True
-        own = zip(*(scores.chunk(ranks) for scores in tier), strict=True)
-        pages = kept * heads // ranks
-        shares = [s for part in own for s in head_shares(part, pages, BLOCK, 0.0)]
+        shares = head_shares(tier, kept * heads, BLOCK, 0.0)
         for head, share in enumerate(shares):
             row = scores[layer][head].tolist()
             best = sorted(range(len(row)), key=lambda i: (-row[i], i))

@@ -164,6 +164,14 @@ def test_random_is_the_same_everywhere() -> None:
     assert _kept(Random(seed=3), None, keys, 4) == [[2, 8, 9, 10], [2, 5, 6, 11]]
 
 
+def test_random_of_some_heads_is_that_of_all() -> None:
+    keys = torch.zeros(8, 1001, HEAD_SIZE)
+    whole = Random().score(None, keys, None, Layer(1, 1.0))
+    for first in range(8):
+        part = Random().score(None, keys[:2], None, Layer(1, 1.0, first_head=first))
+        assert part[: 8 - first].equal(whole[first : first + 2])
+
+
 def test_random_sees_no_content() -> None:
     first, second = (_random(2, 30, HEAD_SIZE, seed=seed) for seed in (0, 1))
     assert _kept(Random(), None, first, 9) == _kept(Random(), None, second, 9)

@@ -42,7 +42,7 @@ def test_builders_of_one_head(name: str, model: Path) -> None:  # noqa: F811
     rows = HeadPages(8, torch.device("cpu"), HEADS)
     builder.row_shift = rows
     rows.set("b", 4 * BLOCK)
-    rows.deal("b", torch.tensor([5, 6]), [1, 3])
+    rows.deal("b", torch.tensor([5, 6]), [1, 3], mean=2, most=3)
     rows.begin(["a", "b", "c"])
     lens = torch.tensor([10, 230, 40], dtype=torch.int32)
     starts = torch.tensor([0, 1, 2, 12], dtype=torch.int32)

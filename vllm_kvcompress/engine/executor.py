@@ -16,14 +16,16 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..config import KEY, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from ..ops.select import select
-from ..plan import Compress, Counters, StepPlan
+from ..plan import Compress, Counters, Report, StepPlan
 from .head_pages import HeadPages
+from .heads import rate
 from .kernels import choose_kernels
-from .layers import paired_layers, rate, reads_from
+from .layers import paired_layers, reads_from
 from .layout import kernel_blocks
 from .merging import merge_groups
 from .observation import ObservationWindow, observed
 from .one_head import check_pages
+from .overflow import Overflow
 from .page_formats import KEYS, VALUES, find_scales, pages_of
 from .pruner import Pruner, Tier
 from .rows import RowShift
@@ -39,6 +41,7 @@ ReadRow = Callable[[int, str, int, int], torch.Tensor]
 class _Group:
     """One compressed KV cache group of this worker."""
 
+    index: int
     layers: list[Any]
     block_size: int
     rows: RowShift
@@ -57,6 +60,7 @@ class CompressionExecutor:
         # Set by the runner, where a scorer prunes.
         self.pruner: Pruner | None = None
         self.totals = Counters()
+        self._overflow = Overflow()
 
     def bind(
         self,
@@ -90,7 +94,7 @@ class CompressionExecutor:
             elif own and own[0] in pairs:
                 rows = SharingRows(max_num_reqs, self._device)
                 rows.bind([(pairs[layer], layer) for layer in own], factors)
-            group = self._groups[index] = _Group(own, kv_spec.block_size, rows)
+            group = self._groups[index] = _Group(index, own, kv_spec.block_size, rows)
             if uneven:
                 for layer in group.layers:
                     check_pages(layer.kv_cache)
@@ -161,7 +165,7 @@ class CompressionExecutor:
         if self.pruner:
             self.pruner.end()
 
-    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
+    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Report:
         """Execute the plan after the forward and report what was done.
 
         Args:
@@ -170,7 +174,7 @@ class CompressionExecutor:
             write_row: ``(group, request id, first entry, block ids)``.
         """
         plan, self._plan = self._plan, StepPlan()
-        report = Counters()
+        report = Report()
         if not plan:
             return report
         started = time.perf_counter()
@@ -189,6 +193,7 @@ class CompressionExecutor:
                 report.blocks_freed += directive.freed_blocks
                 report.logical_tokens += directive.num_tokens - first * size
                 report.retained_tokens += directive.num_tokens - shift * size
+        self._overflow.report(plan, report)
         for request_id, count in plan.observed.items():
             for window in self._windows:
                 window.keep(request_id, count)
@@ -247,7 +252,8 @@ class CompressionExecutor:
         scorer = self._scorers[directive.scorer]
         num_tokens = directive.num_tokens - directive.shift * group.block_size
         candidates = (directive.end_block - directive.shift) * group.block_size
-        named = torch.tensor(directive.destination, dtype=torch.long)
+        blocks = directive.destination + directive.overflow
+        named = torch.tensor(blocks, dtype=torch.long)
         private = named.to(self._device, non_blocking=True)
         by_head: list[HeldLayer] = []
         for layer in group.layers:
@@ -275,20 +281,25 @@ class CompressionExecutor:
             kept = select(scores, len(target) * cache.shape[2])
             pages.compact(source, kept, target)
         if isinstance(group.rows, HeadPages) and by_head:
-            keep_by_head(
+            split = group.block_size // cache.shape[2]
+            mean = len(directive.destination)
+            filled = keep_by_head(
                 scorer,
                 by_head,
                 source,
-                kernel_blocks(named, group.block_size // cache.shape[2]),
+                kernel_blocks(named, split),
+                mean * split,
                 num_tokens,
                 candidates,
                 group.rows,
                 request_id,
             )
+            self._overflow.fill(request_id, group.index, -(-filled // split) - mean)
 
     def forget(self, request_id: str) -> None:
         """Drop a request that finished, was preempted or starts anew."""
         for group in self._groups.values():
             group.rows.forget(request_id)
+        self._overflow.forget(request_id)
         for window in self._windows:
             window.keep(request_id, 0)

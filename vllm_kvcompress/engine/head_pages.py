@@ -9,11 +9,27 @@ slot mapping know of blocks only. Batches without such a request stay as they ar
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .rows import RowShift
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """The private pages of a request.
+
+    Attributes:
+        mean: Per KV head of the layer; as many are in the request's row.
+        most: Of the head with the most, on any worker.
+        pages: ``[pages]`` int64 of each head of this worker.
+    """
+
+    mean: int
+    most: int
+    pages: tuple[torch.Tensor, ...]
 
 
 class HeadPages(RowShift):
@@ -26,31 +42,38 @@ class HeadPages(RowShift):
     def __init__(self, max_num_reqs: int, device: torch.device, kv_heads: int) -> None:
         super().__init__(max_num_reqs, device)
         self._kv_heads = kv_heads
-        self._pages: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._dealt: dict[str, _Dealt] = {}
         self._laid_out: tuple[tuple[str, ...], int, int] | None = None
 
     def deal(
-        self, request_id: str, blocks: torch.Tensor, shares: Sequence[int]
+        self,
+        request_id: str,
+        blocks: torch.Tensor,
+        shares: Sequence[int],
+        mean: int,
+        most: int,
     ) -> torch.Tensor:
         """Give the heads of a request their pages.
 
         Args:
             request_id: Its private blocks,
             blocks: ``[count]`` int64 on the CPU, as kernels count them.
-            shares: Pages per head, ``count * kv_heads`` in sum.
+            shares: Pages per head, which may leave some of the last blocks' over.
+            mean: Of the shares of all heads of the layer,
+            most: and the largest of them.
 
         Returns:
-            All pages, ``[count * kv_heads]``, the first head's first.
+            The heads' pages, the first head's first.
         """
-        pages = self._of(blocks).T.flatten()
-        self._pages[request_id] = pages.split(list(shares))
+        pages = self._of(blocks).T.flatten()[: sum(shares)]
+        self._dealt[request_id] = _Dealt(mean, most, pages.split(list(shares)))
         self._laid_out = None
         return pages
 
     def forget(self, request_id: str) -> None:
         """See `RowShift.forget`."""
         super().forget(request_id)
-        if self._pages.pop(request_id, None):
+        if self._dealt.pop(request_id, None):
             self._laid_out = None
 
     def held(self, request_id: str, blocks: torch.Tensor) -> list[torch.Tensor]:
@@ -64,13 +87,17 @@ class HeadPages(RowShift):
             ``[pages]`` int64 of each head.
         """
         pages = self._of(blocks)
-        if (dealt := self._pages.get(request_id)) is None:
+        if (dealt := self._dealt.get(request_id)) is None:
             return list(pages)
-        private = sum(map(len, dealt)) // self._kv_heads
         return [
-            torch.cat([own.to(blocks.device), rest[private:]])
-            for own, rest in zip(dealt, pages, strict=True)
+            torch.cat([own.to(blocks.device), rest[dealt.mean :]])
+            for own, rest in zip(dealt.pages, pages, strict=True)
         ]
+
+    def longer(self, request_id: str) -> int:
+        """Pages by which a head, on any worker, holds more than the mean."""
+        dealt = self._dealt.get(request_id)
+        return dealt.most - dealt.mean if dealt else 0
 
     def _of(self, blocks: torch.Tensor) -> torch.Tensor:
         """``[kv_heads, count]``: all heads' pages of some blocks."""
@@ -89,7 +116,7 @@ class HeadPages(RowShift):
         Returns:
             None if no request in the batch has pages dealt out.
         """
-        if not any(request_id in self._pages for request_id in self._rows):
+        if not any(request_id in self._dealt for request_id in self._rows):
             return None
         table, heads = physical.block_table_tensor, self._kv_heads
         rows, width = table.shape
@@ -142,10 +169,11 @@ class HeadPages(RowShift):
         column = torch.arange(width).repeat(heads, rows, 1)
         extra = torch.zeros(heads, rows, dtype=torch.int32)
         for row, request_id in enumerate(self._rows):
-            if dealt := self._pages.get(request_id):
-                counts = torch.tensor([[len(own)] for own in dealt])
-                fewer = int(counts.sum()) // heads - counts
-                own_pages[:, row][column[:, row] < counts] = torch.cat(dealt).int()
+            if dealt := self._dealt.get(request_id):
+                counts = torch.tensor([[len(own)] for own in dealt.pages])
+                fewer = dealt.mean - counts
+                pages = torch.cat(dealt.pages).int()
+                own_pages[:, row][column[:, row] < counts] = pages
                 column[:, row] += fewer
                 extra[:, row] = -fewer[:, 0] * block_size
         self._extra_cpu = extra

@@ -10,7 +10,7 @@ from ..methods.base import Scorer
 from ..ops.merge import merge
 from ..ops.providers import Pages, ProviderError, Setting, choose
 from ..ops.select import select
-from .layers import rate
+from .heads import rate
 from .page_formats import KEYS, VALUES, pages_of
 
 

@@ -3,13 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -17,8 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 from vllm.v1.worker.utils import customize_attention_spec
 
 from ..config import KEY, ConfigError, KVCompressionConfig
-from ..methods.base import Layer, Scorer
-from ..ops.pages import PagedKeys
+from .heads import held_heads
 from .one_head import BACKENDS, LAYOUT, head_major
 from .page_formats import has_scales
 from .shared_pages import READERS, scale_dtype
@@ -72,6 +66,7 @@ def compress_layers(vllm_config: VllmConfig, drafting: Collection[str] = ()) -> 
         for index in layers.keys() & set(tier):
             layer = layers[index]
             layer.compressed_index, layer.compressed_layers = index, num_layers
+            layer.held_heads = held_heads(layer, vllm_config)
             layer.get_kv_cache_spec = _Replaced(
                 layer.get_kv_cache_spec,
                 CompressedAttentionSpec,
@@ -230,34 +225,6 @@ def _check_layout(method: str) -> None:
             f"{KEY}: method={method} needs the KV cache laid out head by head, not "
             f"VLLM_KV_CACHE_LAYOUT={wanted}; set it to HND or leave it out"
         )
-
-
-def rate(
-    scorer: Scorer,
-    layer: Any,
-    queries: torch.Tensor | None,
-    keys: torch.Tensor | PagedKeys,
-    values: torch.Tensor | None,
-) -> torch.Tensor:
-    """The scores of a compressed layer's tokens, see `Scorer.score`."""
-    softcap = getattr(layer.impl, "logits_soft_cap", None) or 0.0
-    readers = getattr(layer, "kv_readers", (layer,))
-    past_only = [getattr(each, "leaves_out_current", False) for each in readers]
-    group = layer.num_heads // layer.num_kv_heads
-    about = Layer(
-        layer.compressed_index,
-        layer.impl.scale,
-        softcap,
-        tuple(flag for flag in past_only for _ in range(group) if any(past_only)),
-    )
-    if isinstance(keys, PagedKeys) and not scorer.takes_pages:
-        keys = keys.dense()
-    scores = scorer.score(queries, keys, values, about)
-    ranks = get_tensor_model_parallel_world_size()
-    if scorer.across_heads and ranks > 1:
-        mean = tensor_model_parallel_all_reduce(scores[0].contiguous()) / ranks
-        scores = mean.expand_as(scores)
-    return scores
 
 
 class _Replaced:

@@ -28,6 +28,8 @@ class _Compressed:
         pending: Originals that the worker still reads in the current step.
         decided: Logical tokens ``[0, decided)`` have been candidates.
         shed: Blocks of generated tokens lost one by one, see `budget.shed`.
+        overflow: Blocks beside the destination, for workers whose KV heads keep more.
+        latest: What was planned for it last.
     """
 
     end_block: int = 0
@@ -37,6 +39,8 @@ class _Compressed:
     pending: list[KVCacheBlock] = field(default_factory=list)
     decided: int = 0
     shed: int = 0
+    overflow: list[KVCacheBlock] = field(default_factory=list)
+    latest: Compress | None = None
 
 
 class CompressedKVManager(FullAttentionManager):
@@ -96,18 +100,23 @@ class CompressedKVManager(FullAttentionManager):
         state = self._compressed.get(request_id)
         return state is not None and state.merges
 
-    def reserve(self, request_id: str, target: Fit) -> list[KVCacheBlock] | None:
+    def reserve(
+        self, request_id: str, target: Fit, workers: int = 1
+    ) -> list[KVCacheBlock] | None:
         """Find private blocks for a request; `compress` or `release` comes next.
 
         Args:
             request_id: A running request.
             target: What is to be kept of it, from `fit`, `shed` or `absorb`.
+            workers: So many share this out between their KV heads as they come to
+                need it: one may keep all of it, but no more than it holds.
 
         Returns:
             None if so many cannot be had now.
         """
         stay, source = self._source(request_id, target)
-        return self._private_blocks(source, target.own_blocks - len(stay))
+        count = target.own_blocks - len(stay)
+        return self._private_blocks(source, min(count * workers, len(source)))
 
     def release(
         self, request_id: str, target: Fit, private: list[KVCacheBlock]
@@ -136,7 +145,8 @@ class CompressedKVManager(FullAttentionManager):
             scorer: which method compresses it.
             num_tokens: Tokens that are computed after this step, or fewer.
             target: What is kept of them.
-            private: From `reserve`, behind the merged blocks of an owner.
+            private: From `reserve`, behind the merged blocks of an owner; those that
+                are not needed in the mean of all KV heads come last.
             window: See `Compress`.
             pruned: See `Compress`.
             owner: See `Compress`.
@@ -147,7 +157,8 @@ class CompressedKVManager(FullAttentionManager):
         end_block = target.end_block + shift
         stay, source = self._source(request_id, target)
         taken = {block.block_id for block in private}
-        destination = stay + private
+        kept = target.kept_blocks
+        destination, overflow = (stay + private)[:kept], (stay + private)[kept:]
         self._drop_hashes(private)
         blocks[:end_block] = [self._null_block] * end_block
         state.end_block, state.destination = end_block, destination
@@ -158,7 +169,8 @@ class CompressedKVManager(FullAttentionManager):
         if target.candidates:
             state.decided = target.candidates[1] + shift * self.block_size
             state.shed += target.freed_blocks
-        return Compress(
+        state.overflow = overflow
+        state.latest = Compress(
             scorer=scorer,
             num_tokens=num_tokens,
             end_block=end_block,
@@ -169,7 +181,27 @@ class CompressedKVManager(FullAttentionManager):
             pruned=pruned,
             merged_blocks=target.merged_blocks,
             owner=owner,
+            overflow=tuple(block.block_id for block in overflow),
         )
+        return state.latest
+
+    def settle(self, request_id: str, directive: Compress, used: int) -> bool:
+        """Give back the overflow that no worker has filled.
+
+        Args:
+            request_id: The request;
+            directive: what was planned for it.
+            used: Blocks of the overflow that are filled.
+
+        Returns:
+            Whether this is what the request still holds.
+        """
+        state = self._compressed.get(request_id)
+        if state is None or state.latest is not directive:
+            return False
+        self.block_pool.free_blocks(state.overflow[used:])
+        del state.overflow[used:]
+        return True
 
     def _source(
         self, request_id: str, target: Fit
@@ -181,7 +213,7 @@ class CompressedKVManager(FullAttentionManager):
         held = state.destination + blocks
         first = target.candidates[0] if target.candidates else 0
         stay = first // self.block_size
-        return held[:stay], held[stay:]
+        return held[:stay], held[stay:] + state.overflow
 
     def _private_blocks(
         self, source: list[KVCacheBlock], count: int
@@ -225,4 +257,4 @@ class CompressedKVManager(FullAttentionManager):
         if state is None:
             return blocks
         private = [b for b in state.destination if b.block_id not in state.borrowed]
-        return [*state.pending, *private, *blocks]
+        return [*state.pending, *private, *state.overflow, *blocks]

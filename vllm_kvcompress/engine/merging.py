@@ -10,7 +10,7 @@ from ..methods.minicache import MiniCache
 from ..ops.merge import Merged, merge, strangeness
 from ..ops.select import select
 from ..plan import Compress
-from .layers import rate
+from .heads import rate
 from .layout import kernel_blocks
 from .page_formats import KEYS, VALUES, Pages, pages_of
 

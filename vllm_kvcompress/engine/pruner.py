@@ -18,7 +18,7 @@ from ..config import KEY, ConfigError
 from ..methods.base import Scorer
 from ..ops.select import select
 from ..plan import Compress, StepPlan
-from .layers import rate
+from .heads import rate
 from .layout import kernel_blocks
 from .page_formats import KEYS, pages_of
 

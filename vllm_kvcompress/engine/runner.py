@@ -18,7 +18,7 @@ from vllm.v1.outputs import (
 )
 
 from ..config import KEY, KVCompressionConfig
-from ..plan import Counters, StepPlan
+from ..plan import Report, StepPlan
 from . import compat
 from .executor import CompressionExecutor
 
@@ -223,7 +223,7 @@ class RunnerV2(_Runner):
 class _Reported(AsyncModelRunnerOutput):
     """An output still on its way, to which the step's report is added."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, report: Counters) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, report: Report) -> None:
         self._output = output
         self._report = report
 

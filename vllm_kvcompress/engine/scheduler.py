@@ -21,7 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from ..config import KEY, ConfigError, KVCompressionConfig
-from ..plan import Compress, Counters, StepPlan
+from ..plan import Compress, Counters, Report, StepPlan
 from . import metrics, usage
 from .course import Course, Planner
 from .manager import CompressedKVManager
@@ -241,9 +241,12 @@ class CompressedScheduler(Scheduler):
     ) -> dict[int, Compress]:
         """Plan one group, or an owner of blocks and who borrows them; or neither."""
         request_id, found = request.request_id, dict[int, list[KVCacheBlock]]()
+        uneven = self._config.scorers[course.scorer].uneven
+        parallel = self.vllm_config.parallel_config
+        workers = parallel.tensor_parallel_size if uneven else 1
         for group in groups:
             manager, target = self._managers[group], course.targets[group]
-            private = manager.reserve(request_id, target)
+            private = manager.reserve(request_id, target, workers)
             if private is None:
                 for earlier, blocks in found.items():
                     target = course.targets[earlier]
@@ -275,7 +278,7 @@ class CompressedScheduler(Scheduler):
         """Check that the plan was executed, then go on as vLLM does."""
         plan: StepPlan | None = getattr(scheduler_output, "kv_compression", None)
         if plan is not None:
-            report = getattr(model_runner_output, "kv_compression", Counters())
+            report = getattr(model_runner_output, "kv_compression", Report())
             expected = sum(len(groups) for groups in plan.compress.values())
             if report.compressions != expected:
                 raise RuntimeError(
@@ -283,11 +286,21 @@ class CompressedScheduler(Scheduler):
                     f"{expected} planned compressions"
                 )
             self._unsent.add(report)
+            self._settle(plan, report)
         usages = dict(self._usages)  # those who finish now are forgotten
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if usages:
             usage.attach(outputs.values(), usages, self._managers)
         return outputs
+
+    def _settle(self, plan: StepPlan, report: Report) -> None:
+        """Give back blocks that no worker needs."""
+        for request_id, groups in report.overflow.items():
+            for group, used in groups.items():
+                directive = plan.compress[request_id][group]
+                stands = self._managers[group].settle(request_id, directive, used)
+                if stands and request_id in self._usages:
+                    self._usages[request_id].settle(group, used)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics with ours attached."""

@@ -29,6 +29,38 @@ def number_layers(
     return dict(enumerate(layers, first)), total
 
 
+class StageCounts:
+    """What the last stage, which answers for all, must know of the others."""
+
+    # vLLM's own messages between stages have tag 0.
+    TAG = 1
+
+    def __init__(self) -> None:
+        self._sent: Any = None
+
+    def sum_on_last(self, counts: list[int]) -> list[int]:
+        """Add up the stages' counts, on the last one; others do not wait for it.
+
+        All workers call this for the same steps.
+        """
+        stages = get_pp_group()
+        if stages.world_size == 1:
+            return counts
+        own = torch.tensor(counts)
+        if not stages.is_last_rank:
+            if self._sent:
+                self._sent.wait()
+            self._sent = torch.distributed.isend(
+                own, stages.last_rank, stages.cpu_group, self.TAG
+            )
+            return counts
+        for rank in stages.ranks[:-1]:
+            found = torch.empty_like(own)
+            torch.distributed.recv(found, rank, stages.cpu_group, self.TAG)
+            own += found
+        return own.tolist()
+
+
 def check_stages(
     config: KVCompressionConfig, layers: dict[int, Any], num_layers: int
 ) -> None:

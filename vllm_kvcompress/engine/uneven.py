@@ -1,7 +1,8 @@
 """Compression of a request whose KV heads keep unequally many tokens.
 
 The first time all heads hold the same number of tokens, later each its own, and is
-then scored alone.
+then scored alone. All heads of a layer share what it keeps, on whichever worker they
+are: what a worker's heads keep may take more blocks than the mean, or fewer.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..methods.base import Scorer
 from ..ops.select import select_each
 from .head_pages import HeadPages
-from .layers import rate
+from .heads import HeldHeads, rate
 from .page_formats import KEYS, VALUES, Pages
 
 
@@ -39,29 +40,39 @@ def keep_by_head(
     layers: Sequence[HeldLayer],
     source: torch.Tensor,
     target: torch.Tensor,
+    mean: int,
     num_tokens: int,
     candidates: int,
     rows: HeadPages,
     request_id: str,
-) -> None:
+) -> int:
     """Deal out a request's new private blocks by score and fill them.
 
     Args:
         scorer: Of a method with uneven heads.
         layers: They get the same shares.
         source: ``[count]`` int64, the blocks that are held, the private ones first.
-        target: ``[count]`` int64 on the CPU, the new private blocks.
+        target: ``[count]`` int64 on the CPU, the new private blocks; if there are more
+        mean: than so many of them, they are for workers whose heads need them.
         num_tokens: Held, in the mean of the heads.
         candidates: The first of them, whole blocks; the rest stays as it is.
         rows: Knows which head has which pages, and learns of the new ones.
         request_id: Whose blocks they are.
+
+    Returns:
+        How many of them the worker with the most fills.
     """
-    _, kv_heads, block_size, _ = layers[0].layer.kv_cache.shape
+    block_size = layers[0].layer.kv_cache.shape[2]
+    heads: HeldHeads = layers[0].layer.held_heads
     held = rows.held(request_id, source)
     spare, tail = len(source) * block_size - num_tokens, num_tokens - candidates
     scores = [_scores(scorer, layer, held, spare, tail) for layer in layers]
-    shares = scorer.head_shares(scores, len(target) * kv_heads, block_size)
-    pages = rows.deal(request_id, target, shares).to(source.device)
+    longest = candidates + rows.longer(request_id) * block_size
+    everywhere = heads.all_scores(scores, longest)
+    all_shares = scorer.head_shares(everywhere, mean * heads.total, block_size)
+    shares = all_shares[heads.first :][: heads.count]
+    pages = rows.deal(request_id, target, shares, mean, max(all_shares))
+    pages = pages.to(source.device)
     counts = [share * block_size for share in shares]
     starts = list(accumulate((len(own) * block_size for own in held), initial=0))
     for layer, rated in zip(layers, scores, strict=True):
@@ -69,7 +80,9 @@ def keep_by_head(
         kept = torch.cat(
             [own + start for own, start in zip(best, starts, strict=False)]
         )
-        layer.pages.compact(torch.cat(held), kept[None], pages)
+        if len(pages):  # else all are other workers'
+            layer.pages.compact(torch.cat(held), kept[None], pages)
+    return max(mean, -(-heads.most(all_shares) // heads.count))
 
 
 def _scores(
@@ -92,6 +105,6 @@ def _scores(
         if scorer.needs_values:
             values = layer.pages.vectors(VALUES, blocks, tokens).dense()
         keys = layer.pages.vectors(KEYS, blocks, tokens)
-        scores = rate(scorer, layer.layer, queries, keys, values)
+        scores = rate(scorer, layer.layer, queries, keys, values, head=index)
         found += scores[:, : scores.shape[1] - tail].unbind()
     return pad_sequence(found, batch_first=True, padding_value=float("-inf"))

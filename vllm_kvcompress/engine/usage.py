@@ -29,6 +29,7 @@ class Usage:
         compressions: How often, once per KV cache group.
         blocks_freed: Given back to the pool.
         evicted: KV cache group -> blocks of tokens that are gone.
+        overflow: The same of those that are held beyond the mean of all KV heads.
     """
 
     request: Request
@@ -37,6 +38,7 @@ class Usage:
     compressions: int = 0
     blocks_freed: int = 0
     evicted: dict[int, int] = field(default_factory=dict)
+    overflow: dict[int, int] = field(default_factory=dict)
 
     def add(self, planned: Mapping[int, Compress], dry: bool) -> None:
         """Count a step's compressions; ``dry`` if others wait for private blocks."""
@@ -45,6 +47,11 @@ class Usage:
         for group, directive in planned.items():
             self.blocks_freed += directive.freed_blocks
             self.evicted[group] = directive.new_shift
+
+    def settle(self, group: int, overflow: int) -> None:
+        """Learn what a group's heads need beyond their mean."""
+        self.blocks_freed += self.overflow.get(group, 0) - overflow
+        self.overflow[group] = overflow
 
     def report(self, managers: Mapping[int, CompressedKVManager]) -> dict[str, Any]:
         """The same in words of JSON."""

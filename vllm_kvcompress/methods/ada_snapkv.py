@@ -17,7 +17,6 @@ class AdaSnapKV(SnapKV):
     tokens among the layer's best (algorithm 1 and the safeguard of section 3.4, as
     the authors' code mixes the two). Different here: shares are whole blocks, and
     layers of one tier have the same shares, so ``layers_per_tier: 1`` is the paper.
-    Under tensor parallelism each rank deals out among its own heads.
     """
 
     name: ClassVar[str] = "ada_snapkv"

@@ -20,12 +20,15 @@ class Layer:
         softcap: Logit soft cap, 0 = none.
         past_only: Of a KV head's query heads, whether they leave out the current
             token, as those of middle layers of LCKV do; empty = none does.
+        first_head: Number of the first of the KV heads that are rated: others of the
+            layer may be another tensor-parallel worker's.
     """
 
     index: int
     scale: float
     softcap: float = 0.0
     past_only: tuple[bool, ...] = ()
+    first_head: int = 0
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -170,8 +173,8 @@ class Scorer(BaseModel):
         """Deal out what neighbouring layers keep between their KV heads.
 
         Args:
-            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``; ``-inf``
-                fills the rows of heads that hold fewer.
+            scores: Of each layer, ``[kv_heads, tokens]``, from ``score``, of all of its
+                heads; ``-inf`` fills the rows of those that hold fewer.
             pages: To be dealt out, of all heads together.
             page_size: Tokens of one page; ``tokens`` is a multiple.
 

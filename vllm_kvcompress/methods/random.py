@@ -11,8 +11,8 @@ from .base import Layer, Scorer
 class Random(Scorer):
     """Chance decides, for every KV head on its own, whatever the tokens are.
 
-    The choice depends on the seed, the layer and the number of tokens alone, so it
-    is the same in every run, process and tensor-parallel rank.
+    The choice depends on the seed, the layer, the head and the number of tokens alone,
+    so it is the same in every run and process, and for as many tensor-parallel workers.
     """
 
     name: ClassVar[str] = "random"
@@ -29,4 +29,7 @@ class Random(Scorer):
     ) -> torch.Tensor:
         """See `Scorer.score`."""
         generator = torch.Generator().manual_seed(self.seed << 16 | layer.index)
-        return torch.rand(keys.shape[:2], generator=generator).to(keys.device)
+        heads, tokens = keys.shape[:2]
+        # Numbers of lower heads, which other workers hold, are drawn and left.
+        drawn = torch.rand(layer.first_head + heads, tokens, generator=generator)
+        return drawn[layer.first_head :].to(keys.device)

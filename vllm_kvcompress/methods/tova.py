@@ -13,8 +13,7 @@ class TOVA(Scorer):
     """Attention of the last query, mean over all query heads of the layer.
 
     All KV heads keep the same tokens, the last one among them. The paper drops one
-    token per step, its reader included. Under tensor parallelism the mean is over
-    the rank's own heads.
+    token per step, its reader included.
     """
 
     name: ClassVar[str] = "tova"

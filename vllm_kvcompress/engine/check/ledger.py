@@ -140,7 +140,9 @@ class Ledger:
             state and state.pending
         )
         require(given_back, what, "keeps originals")
-        for block in destination[known.stay[group] if directive and known else 0 :]:
+        overflow = state.overflow if state else []
+        stay = known.stay[group] if directive and known else 0
+        for block in destination[stay:] + overflow:
             self._check_private(what, block)
         self._check_borrowed(what, request_id, numbers, state, directive)
 
@@ -188,7 +190,7 @@ class Ledger:
                 require(lives, _name(request_id, group), "is gone and holds blocks")
                 holders.update(block.block_id for block in blocks)
             for state in getattr(manager, "_compressed", {}).values():
-                for block in state.destination + state.pending:
+                for block in state.destination + state.overflow + state.pending:
                     holders[block.block_id] += block.block_id not in state.borrowed
         for _, blocks in self._scheduler.deferred_frees:
             holders.update(block.block_id for block in blocks)

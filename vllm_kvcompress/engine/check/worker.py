@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ...plan import Counters, StepPlan
+from ...plan import Report, StepPlan
 from .. import executor as executing
 from .. import uneven
 from .. import worker as workers
@@ -88,7 +88,7 @@ class _CheckedExecutor(CompressionExecutor):
         self.request_ids = ()
         super().end_forward()
 
-    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Counters:
+    def finish_step(self, read_row: ReadRow, write_row: WriteRow) -> Report:
         plan = self._plan
         report = super().finish_step(read_row, write_row)
         for request_id, groups in plan.compress.items() if self.expected else ():

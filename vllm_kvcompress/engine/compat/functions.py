@@ -8,6 +8,7 @@ _PLAN = "vLLM has a channel for plugins from scheduler to workers"
 _FIELDS = "EngineArgs lets plugins add fields"
 _HOOKS = "vLLM's runners call hooks around a step"
 _LAYER = "customize_spec learns of the layer"
+_HEADS = "an attention layer knows which of all KV heads it holds"
 
 FUNCTIONS = (
     Seam(
@@ -156,8 +157,41 @@ FUNCTIONS = (
     Seam(V2 + ".get_model", "called: other layers are a draft model's", _LAYER),
     Seam(
         "vllm.distributed:get_pp_group",
-        "called: counts the layers of stages below, and finds the last one",
+        "called: counts the layers of stages below, and tells the last one counts",
         "a KV cache spec learns of its layer's place in the whole model",
+    ),
+    Seam(
+        "vllm.distributed:get_tp_group",
+        "called: finds the worker that answers",
+        _HOOKS,
+    ),
+    Seam(
+        "vllm.distributed:get_tensor_model_parallel_rank",
+        "called: numbers this worker's KV heads",
+        _HEADS,
+    ),
+    Seam(
+        "vllm.distributed:get_tensor_model_parallel_world_size",
+        "called: numbers this worker's KV heads",
+        _HEADS,
+    ),
+    Seam(
+        "vllm.distributed:tensor_model_parallel_all_gather",
+        "called: scores and queries of KV heads that other workers hold",
+        "never: it is how vLLM's own layers do it",
+        ("input_", "dim"),
+    ),
+    Seam(
+        "vllm.distributed:tensor_model_parallel_all_reduce",
+        "called: the mean over all heads",
+        "never: it is how vLLM's own layers do it",
+        ("input_",),
+    ),
+    Seam(
+        "vllm.config.model_arch:ModelArchitectureConfig.__getitem__",
+        "called: how many KV heads a layer has on all workers",
+        _HEADS,
+        ("layer_idx",),
     ),
     Seam(
         "vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT",
