@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ class Answer:
 
 def generate(
     llm: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int] | dict[str, Any]],
     count: int | list[int] = 12,
     each: list[dict[str, Any]] | None = None,
     priority: list[int] | None = None,
@@ -222,7 +222,7 @@ def generate(
 
     Args:
         llm: The engine.
-        prompts: Served at once.
+        prompts: Tokens, or what vLLM takes besides; served at once.
         count: Tokens to generate, of all or of each.
         each: Sampling parameters of each prompt.
         priority: Of each prompt, lower is sooner.
@@ -250,7 +250,7 @@ def generate(
         for n, own in zip(counts, each or [{}] * len(prompts), strict=True)
     ]
     outputs = llm.generate(
-        [{"prompt_token_ids": p} for p in prompts],
+        [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts],
         sampling,
         use_tqdm=False,
         priority=priority,
