@@ -67,6 +67,15 @@ def _sharpened(model: Any, path: Path) -> None:
     model.save_pretrained(path)
 
 
+def _rename(path: Path, prefix: str, wanted: str) -> None:
+    """Call weights as vLLM does, and published checkpoints do."""
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    named = {name.replace(prefix, wanted): w for name, w in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
 def tokenizer(path: Path, image: str) -> Any:
     """A word for every token, ``<0>``, ``<1>`` and so on; the last ones are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -88,7 +97,7 @@ def tokenizer(path: Path, image: str) -> Any:
 
 
 def save_llava(path: Path) -> Path:
-    """LLaVA: CLIP's tower over 64 patches, a Llama, ordinary positions."""
+    """LLaVA: CLIP's tower over 16 patches, a Llama, ordinary positions."""
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -98,7 +107,7 @@ def save_llava(path: Path) -> Path:
         LlavaProcessor,
     )
 
-    side = 8 * PATCH
+    side = 4 * PATCH
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -117,6 +126,7 @@ def save_llava(path: Path) -> Path:
         tie_word_embeddings=False,
     )
     _sharpened(LlavaForConditionalGeneration(config), path)
+    _rename(path, "vision_tower.", "vision_tower.vision_model.")
     size = {"height": side, "width": side}
     LlavaProcessor(
         CLIPImageProcessorPil(size=size, crop_size=size),
@@ -256,13 +266,13 @@ class Family:
         save: Writes a small one.
         written: Tokens that users write for a picture.
         read: Tokens that the model reads for one, by its height and width.
-        videos: Whether it takes videos, for which transformers wants torchvision.
+        torchvision: Whether vLLM and transformers want that for it.
     """
 
     save: Callable[[Path], Path]
     written: list[int]
     read: Callable[[int, int], list[int]]
-    videos: bool = False
+    torchvision: bool = False
 
 
 def _tokens(*words: str) -> list[int]:
@@ -285,7 +295,7 @@ FAMILIES = {
     ),
     "paddleocr_vl": Family(save_paddleocr_vl, _ONE, _merged),
     "llava": Family(
-        save_llava, _tokens("<image>"), lambda *_: _tokens("<image>") * 64, True
+        save_llava, _tokens("<image>"), lambda *_: _tokens("<image>") * 16, True
     ),
     "qwen2_vl": Family(save_qwen2_vl, _ONE, _merged, True),
     "qwen3_vl": Family(save_qwen3_vl, _ONE, _merged, True),

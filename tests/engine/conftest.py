@@ -76,6 +76,21 @@ def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("deep"), layers=4)
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a family's model once."""
+    from tests.picture_models import FAMILIES
+
+    found: dict[str, Path] = {}
+
+    def saved(family: str) -> Path:
+        if family not in found:
+            found[family] = FAMILIES[family].save(tmp_path_factory.mktemp(family))
+        return found[family]
+
+    return saved
+
+
 @contextlib.contextmanager
 def engine(model: Path, **kwargs: Any) -> Iterator[Any]:
     """An ``LLM`` that is gone at the end, with all of its memory."""
