@@ -186,7 +186,9 @@ def save_qwen3_vl(path: Path) -> Path:
         "deepstack_visual_indexes": [0, 1],
     }
     rope = {**MROPE, "mrope_interleaved": True}
-    return _save_qwen(path, "Qwen3VL", vision, {"rope_parameters": rope, "head_dim": 32})
+    return _save_qwen(
+        path, "Qwen3VL", vision, {"rope_parameters": rope, "head_dim": 32}
+    )
 
 
 def save_idefics3(path: Path) -> Path:

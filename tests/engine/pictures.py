@@ -63,3 +63,8 @@ class Illustrated(Request):
         found = illustrated(self.family, self.length, own)
         assert len(found.tokens) == self.length
         return found.given
+
+
+def illustrate(asked: list[Request], family: str) -> list[Request]:
+    """The same requests with pictures."""
+    return [Illustrated(own.config, own.method, own.length, family) for own in asked]

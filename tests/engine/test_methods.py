@@ -86,9 +86,7 @@ def _check(
     tolerance: float,
 ) -> None:
     def decode(length: int, tokens: list[int], visible: list[torch.Tensor]) -> Any:
-        return model.decode(
-            model.prefill(prompt(length, seed=length)), tokens, visible
-        )
+        return model.decode(model.prefill(prompt(length, seed=length)), tokens, visible)
 
     prompts = [prompt(n, seed=n) for n in LENGTHS]
     check(llm, prompts, decode, settings, recording, tolerance)

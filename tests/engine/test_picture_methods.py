@@ -1,4 +1,4 @@
-"""What is kept of prompts with pictures, and answered, is what transformers' model says.
+"""What is kept of prompts with pictures, and answered, is transformers' model's.
 
 PaddleOCR-VL is left out: stock vLLM's tower and transformers' differ.
 """

@@ -5,36 +5,23 @@ lie in the prefix that all prompts share, across the borders of chunks, and in t
 windows at the prompts' ends.
 """
 
-import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine.conftest import (
-    Answer,
-    Recording,
-    engine,
-    free_blocks,
-    generate,
-    prompt,
-    scheduler,
-)
+from tests.engine.conftest import Answer, engine, generate, scheduler
+from tests.engine.pictures import EVERY_FAMILY, flags, illustrate, illustrated
 from tests.engine.serving import ENGINE, SERVERS, SHARED, Request, ask, requests
-from tests.engine.test_methods import APART, LENGTHS, check
 from tests.engine.test_serving import (
     _clean,
     alone,
+    check,
     test_chunks_among_neighbours,
     test_parallel_samples,
     test_preemptions,
     test_prefix_hits,
 )
-from tests.picture_models import FAMILIES, WORDS, Prompt, picture, write
-from tests.sighted import Sighted
 from vllm_kvcompress import stats
 
 # Fixtures and tests of all prompts, on the engines below.
@@ -48,6 +35,7 @@ __all__ = [
 ]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 
 @pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> str:
@@ -70,10 +58,24 @@ def llm(saved: Any, family: str, name: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def asked(family: str, name: str) -> list[Request]:
-    return [
-        Illustrated(own.config, own.method, own.length, family)
-        for own in requests(SERVERS[name])
-    ]
+    return illustrate(requests(SERVERS[name]), family)
+
+
+def test_all_at_once(llm: Any, asked: list[Request], alone: list[Answer]) -> None:
+    """Each is compressed, and answered as if it were alone."""
+    counted = stats(llm)["compressions"]
+    check(asked, ask(llm, asked), alone)
+    expected = sum(request.compressions for request in asked)
+    assert stats(llm)["compressions"] == counted + expected > counted
+
+
+def test_towers_take_turns(
+    llm: Any, asked: list[Request], alone: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step has room for one prompt's pictures; one that is pruned waits for it."""
+    llm.llm_engine.reset_encoder_cache()
+    monkeypatch.setattr(scheduler(llm), "max_num_encoder_input_tokens", 36)
+    check(asked, ask(llm, asked), alone)
 
 
 def test_pictures_matter(

@@ -170,7 +170,7 @@ def asynchronous(
     runner = request.param
     output = tmp_path_factory.mktemp(runner) / "answers.pt"
     done = subprocess.run(
-        [sys.executable, str(CASES), runner, str(llama), str(output), *SERVERS],
+        [sys.executable, str(CASES), runner, str(llama), str(output), "", *SERVERS],
         cwd=output.parent,
         capture_output=True,
         text=True,
