@@ -18,7 +18,7 @@ from tests.engine.conftest import (
     generate,
     prompt,
 )
-from tests.engine.serving import fits
+from tests.engine.serving import LAYERS, fits
 from tests.matrix import METHODS
 from tests.quantised import fp8_cut
 from vllm_kvcompress import stats
@@ -30,6 +30,7 @@ from vllm_kvcompress.methods.tova import TOVA
 from vllm_kvcompress.ops.providers import operations
 
 LENGTHS = [1000, 37, 512, 335]
+KV_HEADS = 2
 
 
 # Those that merge have a module of their own.
@@ -99,8 +100,6 @@ def check(
     settings: dict[str, Any],
     recording: Recording,
     tolerance: float,
-    kv_heads: int = 2,
-    layers: int = 2,
 ) -> None:
     """Memory, counters, kept sets and logits of prompts of several lengths.
 
@@ -112,8 +111,6 @@ def check(
         settings: The engine's.
         recording: Of what it keeps.
         tolerance: Of log-probabilities.
-        kv_heads: Of the model.
-        layers: Of the model.
     """
     config = KVCompressionConfig.from_dict(settings)
     shrunk = {n: found for n in LENGTHS if (found := fits(config, config.method, n))}
@@ -133,18 +130,18 @@ def check(
     assert sum(counted["skipped"].values()) == len(LENGTHS) - len(shrunk)
     kept = iter(recording.kept)
     for length, found in shrunk.items():
-        visible = [torch.ones(kv_heads, length, dtype=torch.bool)] * layers
+        visible = [torch.ones(KV_HEADS, length, dtype=torch.bool)] * LAYERS
         # Groups come in the order of their layers.
         for tier, fitted in found.items():
             for layer in tier:
-                mask = torch.zeros(kv_heads, length, dtype=torch.bool)
+                mask = torch.zeros(KV_HEADS, length, dtype=torch.bool)
                 for head, row in enumerate(next(kept)):
                     assert row.equal(row.unique())
                     mask[head, row] = True
                 mask[:, fitted.end_block * BLOCK :] = True
                 remaining = length - fitted.freed_blocks * BLOCK
                 if config.scorer.uneven:
-                    assert mask.sum() == remaining * kv_heads
+                    assert mask.sum() == remaining * KV_HEADS
                 else:
                     assert (mask.sum(1) == remaining).all()
                 check_promises(config.scorer, mask)
