@@ -57,8 +57,11 @@ def test_pictures_are_cut_while_they_are_read(
     family: str, saved: Callable[[str], Path]
 ) -> None:
     """Every 96 tokens of a prompt, which may be amid a picture; in chunks alike."""
-    settings = {"method": "snapkv", "budget": 64, "window": 8}
-    settings |= {"prefill": "incremental", "prefill_interval": 96}
+    settings = {
+        **{"method": "snapkv", "budget": 64, "window": 8},
+        **{"prefill": "incremental", "prefill_interval": 96},
+        "decode": {"interval": 128},
+    }
     prompts = [illustrated(family, n, n).given for n in (306, 231, 90)]
     config = {"kv_compression": settings}
     with engine(
