@@ -85,6 +85,16 @@ FEATURES = [
         cannot=("pruning",),
         note="`pyramidinfer` with `prune: false`",
     ),
+    Feature(
+        "multimodal prompts",
+        elsewhere={EVERY: "tests/engine/test_pictures.py::test_all_at_once"},
+        note="images, run with Idefics3, PaddleOCR-VL, LLaVA, Qwen2-VL and Qwen3-VL; "
+        "refused: models whose images see all of themselves (Gemma 3, PaliGemma), and "
+        "encoder-decoder models (Whisper)",
+    ),
+    Feature(
+        "prompts given as embeddings", {"enable_prompt_embeds": True}, "embeddings"
+    ),
     Feature("fp8 KV cache", {"kv_cache_dtype": "fp8"}, "codes"),
     Feature(
         "speculative decoding, n-gram",
@@ -147,7 +157,6 @@ FEATURES = [
         note="requests in flight are computed anew; CPUs keep their memory, "
         "so the test overwrites it",
     ),
-    Feature("multimodal prompts", unrun="nothing is known against it"),
 ]
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,21 @@ def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as `llama` with 4 layers."""
     return save_llama(tmp_path_factory.mktemp("deep"), layers=4)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a family's model once."""
+    from tests.picture_models import FAMILIES
+
+    found: dict[str, Path] = {}
+
+    def saved(family: str) -> Path:
+        if family not in found:
+            found[family] = FAMILIES[family].save(tmp_path_factory.mktemp(family))
+        return found[family]
+
+    return saved
 
 
 @contextlib.contextmanager
@@ -211,7 +226,7 @@ class Answer:
 
 def generate(
     llm: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int] | dict[str, Any]],
     count: int | list[int] = 12,
     each: list[dict[str, Any]] | None = None,
     priority: list[int] | None = None,
@@ -222,7 +237,7 @@ def generate(
 
     Args:
         llm: The engine.
-        prompts: Served at once.
+        prompts: Tokens, or what vLLM takes besides; served at once.
         count: Tokens to generate, of all or of each.
         each: Sampling parameters of each prompt.
         priority: Of each prompt, lower is sooner.
@@ -250,7 +265,7 @@ def generate(
         for n, own in zip(counts, each or [{}] * len(prompts), strict=True)
     ]
     outputs = llm.generate(
-        [{"prompt_token_ids": p} for p in prompts],
+        [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts],
         sampling,
         use_tqdm=False,
         priority=priority,

@@ -213,6 +213,27 @@ class Case:
             beams = sorted(grown, key=lambda each: each[0], reverse=True)[:width]
         return beams[0][1]
 
+    def embeddings(self) -> dict[str, Any]:
+        """Rows of the model's own table; again, from the cache, beside tokens."""
+        from safetensors.torch import load_file
+
+        from tests.engine.conftest import Answer, generate
+        from tests.engine.serving import COUNT
+
+        table = load_file(self.model / "model.safetensors")["model.embed_tokens.weight"]
+        rows = [{"prompt_embeds": table[request.tokens]} for request in self.asked]
+        each = [request.params for request in self.asked]
+        generate(self.llm, rows, COUNT, each=each)
+        tokens = [request.given for request in self.asked]
+        found = generate(self.llm, [*rows, *tokens], COUNT, each=[*each, *each])
+        self.expected *= 3
+        again, beside = found[: len(rows)], found[len(rows) :]
+        hits = [answer.cached for answer in again]
+        alike = all(map(Answer.near, again, beside))
+        wanted = [request.hits for request in self.asked]
+        answers = [asdict(answer) for answer in again]
+        return {"answers": answers, "seen": alike and hits == wanted}
+
     def lora(self) -> dict[str, Any]:
         """With an adapter; the reference has it merged into its weights."""
         from vllm.lora.request import LoRARequest

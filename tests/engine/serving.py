@@ -84,6 +84,11 @@ class Request:
         return [*prompt(SHARED), *prompt(self.length - SHARED, seed=own)]
 
     @property
+    def given(self) -> dict[str, Any]:
+        """What vLLM takes."""
+        return {"prompt_token_ids": self.tokens}
+
+    @property
     def params(self) -> dict[str, Any]:
         return {"extra_args": {KEY: self.method}}
 
@@ -117,7 +122,7 @@ def requests(settings: dict[str, Any]) -> list[Request]:
 def ask(llm: Any, asked: Sequence[Request], **params: Any) -> list[Answer]:
     """Serve requests at once."""
     each = [request.params for request in asked]
-    return generate(llm, [r.tokens for r in asked], COUNT, each=each, **params)
+    return generate(llm, [r.given for r in asked], COUNT, each=each, **params)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Every method of the matrix, through real vLLM."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.engine.conftest import (
     generate,
     prompt,
 )
-from tests.engine.serving import fits
+from tests.engine.serving import LAYERS, fits
 from tests.matrix import METHODS
 from tests.quantised import fp8_cut
 from vllm_kvcompress import stats
@@ -29,6 +30,7 @@ from vllm_kvcompress.methods.tova import TOVA
 from vllm_kvcompress.ops.providers import operations
 
 LENGTHS = [1000, 37, 512, 335]
+KV_HEADS = 2
 
 
 # Those that merge have a module of their own.
@@ -84,7 +86,32 @@ def _check(
     recording: Recording,
     tolerance: float,
 ) -> None:
-    """Memory, counters, kept sets and logits of prompts of several lengths."""
+    def decode(length: int, tokens: list[int], visible: list[torch.Tensor]) -> Any:
+        return model.decode(model.prefill(prompt(length, seed=length)), tokens, visible)
+
+    prompts = [prompt(n, seed=n) for n in LENGTHS]
+    check(llm, prompts, decode, settings, recording, tolerance)
+
+
+def check(
+    llm: Any,
+    prompts: Sequence[Any],
+    decode: Callable[[int, list[int], list[torch.Tensor]], torch.Tensor],
+    settings: dict[str, Any],
+    recording: Recording,
+    tolerance: float,
+) -> None:
+    """Memory, counters, kept sets and logits of prompts of several lengths.
+
+    Args:
+        llm: An engine that compresses.
+        prompts: Of the `LENGTHS`.
+        decode: A prompt's length, the answer, layer -> what it sees of the prompt,
+            ``[kv_heads, prompt]`` booleans -> its log-probabilities.
+        settings: The engine's.
+        recording: Of what it keeps.
+        tolerance: Of log-probabilities.
+    """
     config = KVCompressionConfig.from_dict(settings)
     shrunk = {n: found for n in LENGTHS if (found := fits(config, config.method, n))}
     assert shrunk
@@ -92,7 +119,7 @@ def _check(
     warm_up([config.scorer], attention(llm))  # as GPUs do; nothing is counted
     recording.kept.clear()
     before = free_blocks(llm)
-    answers = generate(llm, [prompt(n, seed=n) for n in LENGTHS], 8)
+    answers = generate(llm, prompts, 8)
     assert free_blocks(llm) == before
     counted = stats(llm)
     assert counted["compressions"] == len(done)
@@ -103,26 +130,24 @@ def _check(
     assert sum(counted["skipped"].values()) == len(LENGTHS) - len(shrunk)
     kept = iter(recording.kept)
     for length, found in shrunk.items():
-        visible = [torch.ones(model.kv_heads, length, dtype=torch.bool)] * model.layers
+        visible = [torch.ones(KV_HEADS, length, dtype=torch.bool)] * LAYERS
         # Groups come in the order of their layers.
         for tier, fitted in found.items():
             for layer in tier:
-                mask = torch.zeros(model.kv_heads, length, dtype=torch.bool)
+                mask = torch.zeros(KV_HEADS, length, dtype=torch.bool)
                 for head, row in enumerate(next(kept)):
                     assert row.equal(row.unique())
                     mask[head, row] = True
                 mask[:, fitted.end_block * BLOCK :] = True
                 remaining = length - fitted.freed_blocks * BLOCK
                 if config.scorer.uneven:
-                    assert mask.sum() == remaining * model.kv_heads
+                    assert mask.sum() == remaining * KV_HEADS
                 else:
                     assert (mask.sum(1) == remaining).all()
                 check_promises(config.scorer, mask)
                 visible[layer] = mask
         answer = answers[LENGTHS.index(length)]
-        dense = model.decode(
-            model.prefill(prompt(length, seed=length)), answer.tokens, visible
-        )
+        dense = decode(length, answer.tokens, visible)
         assert float((dense - answer.logprobs).abs().max()) < tolerance
     assert next(kept, None) is None
 

@@ -146,9 +146,7 @@ def test_streams_and_aborts(
             output_kind=RequestOutputKind.DELTA,
             **request.params,
         )
-        llm.llm_engine.add_request(
-            str(number), {"prompt_token_ids": request.tokens}, params
-        )
+        llm.llm_engine.add_request(str(number), request.given, params)
         streamed[str(number)] = []
     steps = 0
     while llm.llm_engine.has_unfinished_requests():
@@ -172,7 +170,7 @@ def asynchronous(
     runner = request.param
     output = tmp_path_factory.mktemp(runner) / "answers.pt"
     done = subprocess.run(
-        [sys.executable, str(CASES), runner, str(llama), str(output), *SERVERS],
+        [sys.executable, str(CASES), runner, str(llama), str(output), "", *SERVERS],
         cwd=output.parent,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from transformers import (
     JambaConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
@@ -19,6 +20,7 @@ from transformers import (
     T5Config,
 )
 
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.models.configs import (
     ClaLlamaConfig,
     LCKVLlamaConfig,
@@ -26,6 +28,7 @@ from vllm_kvcompress.models.configs import (
     YocoConfig,
 )
 from vllm_kvcompress.tools.errors import ToolError
+from vllm_kvcompress.tools.plan.methods import refusal
 from vllm_kvcompress.tools.plan.model import ModelKV, model_kv
 from vllm_kvcompress.tools.plan.pool import Pool
 
@@ -175,3 +178,11 @@ def test_unknown_layers() -> None:
     config.layer_types = ["full_attention", "telepathy"]
     with pytest.raises(ToolError, match="telepathy"):
         planned(config)
+
+
+@pytest.mark.parametrize(("part", "prunes"), [("llama", True), ("phi", False)])
+def test_multimodal_models_are_pruned_as_their_part(part: str, prunes: bool) -> None:
+    pool = Pool(planned(LlavaConfig(text_config={"model_type": part})), "auto", 16, 64)
+    config = KVCompressionConfig.from_dict({"method": "pyramidinfer"})
+    reason = refusal(pool, config)
+    assert reason is None if prunes else "cannot prune" in str(reason)

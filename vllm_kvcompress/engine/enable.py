@@ -5,14 +5,14 @@ worker classes. Nothing of vLLM is replaced.
 """
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from . import compat, metrics, requests
 from .check.switch import Switch
 from .page_formats import QUANTISED, UNQUANTISED, has_scales
-from .pruner import PRUNABLE
+from .pruner import PRUNABLE, PRUNABLE_PARTS
 from .worker import WORKERS
 
 # Ways to draft. EAGLE and its like add a layer or two; a KV cache group of theirs would
@@ -44,6 +44,12 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     parallel.worker_cls = f"{package}.worker.{worker}"
     requests.install()
     metrics.install()
+
+
+def _prunable(model: ModelConfig) -> bool:
+    if model.is_multimodal_model:
+        return model.hf_text_config.model_type in PRUNABLE_PARTS
+    return model.architecture in PRUNABLE
 
 
 def _refusals(
@@ -163,7 +169,7 @@ def _refusals(
             "or lower window",
         ),
         (
-            prunes and model.architecture not in PRUNABLE,
+            prunes and not _prunable(model),
             f"method={config.method} on {model.architecture}, whose layers it cannot "
             "prune",
             "add prune=false, which drops their KV only",

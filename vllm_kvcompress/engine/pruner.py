@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 from ..config import KEY, ConfigError
 from ..methods.base import Scorer
@@ -28,6 +30,17 @@ PRUNABLE = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+)
+# Language models with such layers inside multimodal ones, by their config's type.
+PRUNABLE_PARTS = (
+    "llama",
+    "mistral",
+    "paddleocr_vl_text",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
 )
 
 
@@ -86,7 +99,7 @@ class Pruner:
         self._tier_of: dict[nn.Module, int] = {}
         for module in model.modules():
             attention = getattr(getattr(module, "self_attn", None), "attn", None)
-            if attention is None:
+            if not isinstance(attention, Attention):  # an image tower's has no KV
                 continue
             if id(attention) not in tier_of:
                 raise ConfigError(
@@ -94,6 +107,8 @@ class Pruner:
                     "can be pruned; add prune=false, which drops KV only"
                 )
             self._tier_of[module] = tier_of[id(attention)]
+        # Such a model may add images between layers, to all of the batch.
+        self._widens = supports_multimodal(model)
         self._handles: list[Any] = []
 
     def begin(
@@ -119,11 +134,12 @@ class Pruner:
             _Row(request_id, int(count), torch.arange(int(count)))
             for request_id, count in zip(request_ids, counts, strict=True)
         ]
-        *_, last = self._tier_of
+        layers = [*self._tier_of]
+        restored = layers if self._widens else layers[-1:]
         self._handles = [
             self._model.register_forward_pre_hook(_run_uncompiled),
-            *(layer.register_forward_pre_hook(self._enter) for layer in self._tier_of),
-            last.register_forward_hook(self._restore),
+            *(layer.register_forward_pre_hook(self._enter) for layer in layers),
+            *(layer.register_forward_hook(self._restore) for layer in restored),
         ]
 
     def end(self) -> None:
@@ -140,7 +156,9 @@ class Pruner:
             self._padded, self._at = len(hidden), 0
             self._left = torch.arange(len(hidden), device=hidden.device)
             self._tiers[0].table = self._tiers[0].builder.physical.block_table_tensor
-        elif tier > self._at:
+        elif self._widens:
+            hidden, residual = hidden[self._left], residual[self._left]
+        if tier > self._at:
             self._at = tier
             places = self._prune(self._tiers[tier - 1], self._tiers[tier])
             places = places.to(hidden.device)

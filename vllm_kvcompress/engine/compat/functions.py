@@ -153,6 +153,12 @@ FUNCTIONS = (
         "overridden: a draft model's layers are the first group, whose rows it reads",
         "V1 gives DraftModelProposer the metadata of its own group",
     ),
+    Seam(
+        "vllm.model_executor.models.interfaces:supports_multimodal",
+        "called: such a model may add images between layers, where tokens are pruned",
+        "models tell what they add to a layer's output",
+        ("model",),
+    ),
     Seam(V1 + ".get_model", "called: other layers are a draft model's", _LAYER),
     Seam(V2 + ".get_model", "called: other layers are a draft model's", _LAYER),
     Seam(

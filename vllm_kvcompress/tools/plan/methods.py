@@ -18,6 +18,16 @@ PRUNABLE = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
+PRUNABLE_PARTS = (
+    "llama",
+    "mistral",
+    "paddleocr_vl_text",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+)
 """As in `engine.pruner`, which only starts with vLLM."""
 
 
@@ -109,7 +119,8 @@ def _refusals(pool: Pool, model: ModelKV, config: KVCompressionConfig) -> Iterat
     uneven = any(scorer.uneven for scorer in scorers)
     if (bits == 4 and not merges_all) or (scaled and uneven):
         yield f"--kv-cache-dtype {pool.dtype} does not work with it"
-    if any(scorer.prunes for scorer in scorers) and model.architecture not in PRUNABLE:
+    prunable = model.architecture in PRUNABLE or model.part in PRUNABLE_PARTS
+    if any(scorer.prunes for scorer in scorers) and not prunable:
         way_out = "--config '{\"prune\": false}'"
         yield f"it cannot prune {model.architecture}; give {way_out}"
     try:

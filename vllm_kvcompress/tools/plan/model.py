@@ -36,6 +36,7 @@ class ModelKV:
         max_len: Longest sequence that the configuration allows, None = unknown.
         mla: Whether keys and values are one latent vector.
         refusal: Why its KV cannot be compressed, None if it can.
+        part: The type of the language model inside a multimodal one, None = it is none.
         notes: What else takes memory and is not counted.
     """
 
@@ -46,6 +47,7 @@ class ModelKV:
     max_len: int | None = None
     mla: bool = False
     refusal: str | None = None
+    part: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -129,6 +131,7 @@ def _read(name: str, config: Any) -> ModelKV:
         refusal="multimodal prefixes that look ahead cannot be compressed"
         if config.model_type in PREFIX_LM
         else _refusal(text, layers, layer_map),
+        part=None if text is config else text.model_type,
         notes=tuple(_notes(text, kinds)),
     )
 
