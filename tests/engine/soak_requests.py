@@ -8,14 +8,17 @@ from vllm_kvcompress.tools.needle import needle_prompts
 
 MODEL, BLOCK, BLOCKS, MAX_LEN = "needle", 32, 68, 2048
 BUDGET, METHODS = 256, ["keydiff", "streamingllm", "tova"]
-FLAGS = [
-    *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
-    *("--kv-compression-config.request_methods", '["keydiff", "streamingllm", "tova"]'),
-    *("--kv-compression-config.decode", '{"method": "rkv", "interval": 48}'),
+STOCK_FLAGS = [
     *("--block-size", str(BLOCK), "--max-model-len", str(MAX_LEN)),
     *("--num-gpu-blocks-override", str(BLOCKS + 1), "--max-num-seqs", "16"),
     *("--max-num-batched-tokens", "512", "--served-model-name", MODEL),
     *("--dtype", "float32", "--enforce-eager"),
+]
+FLAGS = [
+    *STOCK_FLAGS,
+    *("--kv-compression", "snapkv", "--kv-compression-config.budget", str(BUDGET)),
+    *("--kv-compression-config.request_methods", '["keydiff", "streamingllm", "tova"]'),
+    *("--kv-compression-config.decode", '{"method": "rkv", "interval": 48}'),
 ]
 # Up to nine tenths of the space.
 LENGTHS = [70, 130, 257, 400, 640, 900, 1200, 1600, 1880]
@@ -37,19 +40,20 @@ BAD: list[bytes | dict[str, Any]] = [
     {"prompt": [4] * (MAX_LEN + 1)},
     {"prompt": [1, 4, 5], "model": "another"},
     {"prompt": [1, 4, 5], "vllm_xargs": [1]},
-    *(
-        {"prompt": [1, 4, 5], "vllm_xargs": xargs, "stream": stream}
-        for stream in (False, True)
-        for xargs in (
-            {"kv_compression": "nope"},
-            {"kv_compression": "minicache"},
-            {"kv_compression": 1},
-            {"kv_compression_budget": BUDGET + 1},
-            {"kv_compression_budget": 1},
-            {"kv_compression_budget": "many"},
-            {"kv_compression_window": 8},
-        )
-    ),
+]
+# Stock vLLM has nothing against these.
+BAD_SETTINGS: list[bytes | dict[str, Any]] = [
+    {"prompt": [1, 4, 5], "vllm_xargs": xargs, "stream": stream}
+    for stream in (False, True)
+    for xargs in (
+        {"kv_compression": "nope"},
+        {"kv_compression": "pyramidkv"},
+        {"kv_compression": 1},
+        {"kv_compression_budget": BUDGET + 1},
+        {"kv_compression_budget": 1},
+        {"kv_compression_budget": "many"},
+        {"kv_compression_window": 8},
+    )
 ]
 ENDS = ["whole", "streamed", "aborted while reading", "aborted while writing", "bad"]
 
@@ -69,8 +73,13 @@ class Visit:
     patience: float
 
 
-def kinds(count: int) -> list[dict[str, Any]]:
-    """Bodies whose answers are to be the same under load."""
+def kinds(count: int, several: bool = True) -> list[dict[str, Any]]:
+    """Bodies whose answers are to be the same under load.
+
+    Args:
+        count: How many.
+        several: Whether some ask for more than one answer.
+    """
     rng, found = random.Random(0), []
     for number in range(count):
         length = LENGTHS[number % len(LENGTHS)]
@@ -80,11 +89,13 @@ def kinds(count: int) -> list[dict[str, Any]]:
             "prompt": needle.token_ids,
             "max_tokens": 8,
             "temperature": 0,
-            "vllm_xargs": rng.choice(XARGS),
+            "vllm_xargs": {**rng.choice(XARGS), "kv_compression_usage": True},
         }
         if number % 4 == 1:  # long enough for two compressions of what is generated
             body |= {"max_tokens": rng.randint(20, 160), "ignore_eos": True}
-        elif number % 4 == 2:  # vLLM wants a temperature where answers are several
+        elif (
+            several and number % 4 == 2
+        ):  # vLLM wants a temperature where answers are several
             body |= {"n": rng.choice([2, 3]), "temperature": 1, "top_k": 1}
         found.append(body)
     return found
@@ -96,6 +107,6 @@ def visits(count: int, of: int, seed: int) -> list[Visit]:
     for _ in range(count):
         (end,) = rng.choices(ENDS, [40, 25, 12, 12, 11])
         patience = rng.uniform(0, 0.3) if end.endswith("reading") else rng.randint(1, 9)
-        kind = rng.randrange(len(BAD) if end == "bad" else of)
+        kind = rng.randrange(len(BAD + BAD_SETTINGS) if end == "bad" else of)
         found.append(Visit(kind, end, patience))
     return found

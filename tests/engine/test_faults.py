@@ -35,6 +35,8 @@ COMPRESSED = [
     *("--kv-compression-config.decode", '{"method": "rkv", "interval": 48}'),
 ]
 COMPLETIONS = "/v1/completions"
+FIRST_TOKENS = "vllm:time_to_first_token_seconds_count"
+COMPRESSIONS = "vllm:kv_compression_compressions_total"
 CLIENTS = 6
 (NEEDLE,) = needle_prompts(num_tokens=1000, count=1)
 SHORT = {"model": "needle", "prompt": NEEDLE.token_ids, "max_tokens": 4}
@@ -104,22 +106,23 @@ def busy(flags: list[str], log: Path, **body: Any) -> Iterator[tuple[Any, Traffi
         processes = psutil.Process(client.process.pid).children(recursive=True)
         client.processes = processes
         traffic = Traffic(str(client.base_url), {**LONG, **body})
+        _wait_for(client, FIRST_TOKENS)
         if "--kv-compression" in flags:
-            _wait_for_compressions(client)
+            _wait_for(client, COMPRESSIONS)
         yield client, traffic
         _, alive = psutil.wait_procs(processes, timeout=60)
         assert not alive, "processes are left"
 
 
-def _wait_for_compressions(client: httpx.Client) -> None:
-    name = "vllm:kv_compression_compressions_total"
+def _wait_for(client: httpx.Client, name: str) -> None:
+    """Until something is counted once per client."""
     for _ in range(PATIENCE):
         text = client.get("/metrics").text
         for line in text.splitlines():
             if line.startswith(name) and float(line.rpartition(" ")[2]) >= CLIENTS:
                 return
         time.sleep(0.5)
-    pytest.fail("nothing was compressed")
+    pytest.fail(f"{name} stays below {CLIENTS}")
 
 
 def killed(flags: list[str], log: Path) -> Outcome:
@@ -161,7 +164,8 @@ def test_a_killed_engine(tmp_path: Path) -> None:
 def test_a_stopped_server_breaks_off(tmp_path: Path) -> None:
     """Without a grace period; it ends when its clients have hung up, as stock vLLM.
 
-    vLLM kills its engine at once, and does not always tell clients of it.
+    vLLM kills its engine at once, and does not always tell clients of it: a thread of
+    its front end cancels the task that would, before or after it does.
     """
     ours, stock = both(stopped, tmp_path)
     for outcome in (ours, stock):
@@ -197,13 +201,13 @@ def test_a_server_started_again(tmp_path: Path) -> None:
             with serving(model_path(), COMPRESSED, tmp_path / "1.txt", port) as client:
                 url = str(client.base_url)
                 clients = [pool.submit(keep_asking, url) for _ in range(CLIENTS)]
-                _wait_for_compressions(client)
+                _wait_for(client, COMPRESSIONS)
                 client.process.send_signal(signal.SIGTERM)
                 client.process.wait(PATIENCE)
             assert ends[right] >= CLIENTS
             with serving(model_path(), COMPRESSED, tmp_path / "2.txt", port) as client:
                 before = ends[right]
-                _wait_for_compressions(client)
+                _wait_for(client, COMPRESSIONS)
                 asked.set()
                 for each in clients:
                     each.result(PATIENCE)

@@ -170,6 +170,7 @@ def test_a_request_is_told_what_was_kept(server, ask):
     assert found == {
         "method": "snapkv",
         "skipped": None,
+        "waited": 0,
         "compressions": 1,
         "blocks_freed": counted(server, "blocks_freed_total", before),
         "logical_tokens": logical,

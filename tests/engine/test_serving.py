@@ -20,6 +20,7 @@ from tests.engine.conftest import (
     preemptions,
     scheduler,
 )
+from tests.engine.leftovers import holders, ours
 from tests.engine.serving import (
     COUNT,
     ENGINE,
@@ -160,6 +161,39 @@ def test_streams_and_aborts(
         assert tokens == theirs.tokens[: len(tokens)]
         whole += len(tokens) == COUNT
     assert 0 < whole < len(asked)
+
+
+def _come_and_go(llm: Any, asked: list[Request], leave: bool = False) -> set[str]:
+    """Serve requests, some of which may leave early; their names."""
+    from vllm import SamplingParams
+
+    names = []
+    for number, request in enumerate(asked):
+        settings = {**request.params["extra_args"], "kv_compression_usage": True}
+        params = SamplingParams(
+            max_tokens=COUNT, ignore_eos=True, detokenize=False, extra_args=settings
+        )
+        tokens = {"prompt_token_ids": request.tokens}
+        names.append(llm.llm_engine.add_request(str(number), tokens, params))
+    steps = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        steps += 1
+        if leave and steps % 4 == 0 and steps // 4 < len(names):
+            llm.llm_engine.abort_request([names[steps // 4]], internal=True)
+    return {*names}
+
+
+def test_nothing_remembers_requests(llm: Any, asked: list[Request]) -> None:
+    """Neither answered nor aborted nor preempted ones; the last step may be known."""
+    _come_and_go(llm, asked[-1:])
+    before, preempted = ours(), preemptions(llm)
+    with little_space(llm, asked):
+        names = _come_and_go(llm, asked) | _come_and_go(llm, asked, leave=True)
+    assert any(preempted)
+    _come_and_go(llm, asked[-1:])
+    assert not holders(names)
+    assert ours() == before
 
 
 @pytest.fixture(scope="session", params=RUNNERS)

@@ -84,6 +84,7 @@ def test_preempted_requests_are_told_of_one_life(tight: Any) -> None:
         assert told == {
             "method": "snapkv",
             "skipped": None if freed else "short",
+            "waited": 0,
             "compressions": int(freed > 0),
             "blocks_freed": freed,
             "logical_tokens": length + 149,

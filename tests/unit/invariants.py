@@ -67,8 +67,9 @@ class Checks:
         require(told["skipped"] in (None, *REASONS), told)
         if self.load.in_flight > 1 or self.load.drafts:  # the worker is ahead
             return
-        life = self.worker.lives[output.request_id]
-        course = self.course(self.requests[output.request_id])
+        request = self.requests[output.request_id]
+        require(told["waited"] == self.waited[request], told, self.waited[request])
+        life, course = self.worker.lives[output.request_id], self.course(request)
         held = {group: len(life.held(group)) for group in course.tiers}
         freed = sum(course.lost(g) + course.borrowed(g) for g in held)
         wanted = (life.computed, round(fmean(held.values())), freed)

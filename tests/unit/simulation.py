@@ -61,6 +61,7 @@ class Run(Checks):
         self.requests: dict[str, Request] = {}
         # Request id -> the request and its preemptions so far, its course since then.
         self.courses: dict[str, tuple[tuple[Request, int], Course]] = {}
+        self.waited: Counter[Request] = Counter()  # steps without private blocks
         self.content: dict[bytes, list[int]] = {}
         self.seen: Counter[str] = Counter()
 
@@ -279,6 +280,7 @@ class Run(Checks):
         for group in wanted.targets:
             if not (merging and group in course.owners.values()):
                 self.check_dry(request_id, group, wanted, merging)
+        self.waited[request] += wanted.late
         return wanted.late and not was_late
 
     def count(self, request: Request, do: Compress) -> None:

@@ -65,6 +65,7 @@ class ObservationWindow:
 
     def keep(self, request_id: str, count: int) -> None:
         """Drop all of a request's queries but the latest ones."""
+        self._latest.pop(request_id, None)
         if count and request_id in self.queries:
             self.queries[request_id] = [self.of(request_id, count).clone()]
         else:

@@ -143,10 +143,11 @@ class Pruner:
         ]
 
     def end(self) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind, nor anything of the step."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._plan, self._rows = StepPlan(), []
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give a decoder layer what is left of the batch."""

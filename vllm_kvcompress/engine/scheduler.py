@@ -121,7 +121,10 @@ class CompressedScheduler(Scheduler):
             if asks_for_usage(request.sampling_params):
                 chosen = settings.method or self._config.method if settings else None
                 skipped = reason if course is None else None
-                self._usages[request_id] = usage.Usage(request, chosen, skipped)
+                told = usage.Usage(request, chosen, skipped)
+                if before := self._usages.get(request_id):
+                    told.waited = before.waited
+                self._usages[request_id] = told
         return self._courses[request_id]
 
     def _free_request_blocks(self, request: Request) -> None:

@@ -30,6 +30,8 @@ class Usage:
         blocks_freed: Given back to the pool.
         evicted: KV cache group -> blocks of tokens that are gone.
         overflow: The same of those that are held beyond the mean of all KV heads.
+        waited: Steps in which some of it waited for private blocks, of all lives: what
+            they generated stays.
     """
 
     request: Request
@@ -39,10 +41,12 @@ class Usage:
     blocks_freed: int = 0
     evicted: dict[int, int] = field(default_factory=dict)
     overflow: dict[int, int] = field(default_factory=dict)
+    waited: int = 0
 
     def add(self, planned: Mapping[int, Compress], dry: bool) -> None:
         """Count a step's compressions; ``dry`` if others wait for private blocks."""
         self.skipped = "pool_dry" if dry else None
+        self.waited += dry
         self.compressions += len(planned)
         for group, directive in planned.items():
             self.blocks_freed += directive.freed_blocks
@@ -65,6 +69,7 @@ class Usage:
         return {
             "method": self.method,
             "skipped": self.skipped,
+            "waited": self.waited,
             "compressions": self.compressions,
             "blocks_freed": self.blocks_freed,
             "logical_tokens": logical,
