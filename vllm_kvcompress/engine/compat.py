@@ -95,6 +95,25 @@ SEAMS = (
         ("request", "num_computed_tokens"),
     ),
     Seam(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
+        "get_num_new_matched_tokens",
+        "wrapped on the object: bounds what is loaded",
+        "KV connectors are given a limit",
+        ("request", "num_computed_tokens"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        "wrapped on the object: a KV connector sees emptied blocks before others do",
+        "KV connectors may store blocks of a step at its end",
+        ("request",),
+    ),
+    Seam(
+        "vllm.v1.simple_kv_offload.metadata:SimpleCPUOffloadMetadata",
+        "read: whether a step loads blocks",
+        "vLLM orders loads behind steps that are under way",
+        ("load_gpu_blocks",),
+    ),
+    Seam(
         "vllm.v1.core.single_type_kv_cache_manager:"
         "FullAttentionManager.pop_blocks_for_free",
         "overridden: private blocks go back with the others",

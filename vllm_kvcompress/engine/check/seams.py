@@ -35,6 +35,12 @@ SEAMS = (
         ("ordered_blocks",),
     ),
     Seam(
+        "vllm.v1.simple_kv_offload.manager:TransferMeta",
+        "read: blocks that a KV connector holds",
+        _NEVER,
+        ("gpu_block_ids",),
+    ),
+    Seam(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         "wrapped on the object: rows, lengths and slots are the scheduler's",
         _NEVER,
