@@ -143,12 +143,19 @@ FEATURES = [
         "test gives the CPU a device name",
     ),
     Feature(
-        "KV connectors",
-        {"kv_transfer_config": CONNECTOR},
-        refused={EVERY: "KV connectors"},
+        "KV offloading",
+        elsewhere={
+            EVERY: "tests/engine/test_offloading.py::test_what_was_stored_is_loaded"
+        },
+        note="`--kv-offloading-size`; whole prompts stay in CPU memory. On CPUs vLLM "
+        "offloads nothing, so the test copies in the place of CUDA",
     ),
     Feature(
-        "KV offloading", {"kv_offloading_size": 1.0}, refused={EVERY: "KV offloading"}
+        "KV connectors of other kinds, P/D disaggregation",
+        {"kv_transfer_config": CONNECTOR},
+        refused={EVERY: "the KV connector ExampleConnector"},
+        note="they read a request's blocks by number after it has given them back, or "
+        "load so much of a prompt that no observation window is computed",
     ),
     Feature("sleep mode", unrun="stock vLLM has it on GPUs only"),
     Feature("multimodal prompts", unrun="nothing is known against it"),

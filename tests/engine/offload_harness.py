@@ -6,11 +6,16 @@ it is found to be done, so it notices whoever touches them before; a load writes
 own at once, so that whoever still reads them notices.
 """
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from tests.engine.conftest import scheduler
+from tests.engine.serving import Request, little_space
 
 EXTRA = {"cpu_bytes_to_use": 64 * 2**20}
 DELAY = 4  # steps that a copy takes
@@ -99,3 +104,57 @@ def boot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(worker, "DmaCopyBackend", CopyBackend)
     device = types.SimpleNamespace(is_cpu=lambda: False)
     patch.setattr(connectors, "current_platform", device)
+
+
+def worker() -> Any:
+    """The worker's half of vLLM's connector."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker_handler
+
+
+def cached(pool: Any, memory: dict[str, torch.Tensor]) -> Iterator[tuple[Any, Any]]:
+    """Hashes of a pool's blocks, each with what lies there, by layer."""
+    for key, found in pool.cached_block_hash_to_block._cache.items():
+        for block in found.values() if isinstance(found, dict) else [found]:
+            content = [cache[block.block_id] for cache in memory.values()]
+            yield key, [own.clone().view(torch.float32) for own in content]
+
+
+def stored(llm: Any) -> list[tuple[Any, Any]]:
+    """What is cached in the CPU's memory, see `cached`."""
+    pool = scheduler(llm).connector.scheduler_manager.cpu_block_pool
+    return list(cached(pool, worker().cpu_kv_caches))
+
+
+def held(llm: Any) -> list[tuple[Any, Any]]:
+    """What is cached where requests run, see `cached`."""
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    return list(cached(pool, worker().gpu_kv_caches))
+
+
+def drain(llm: Any) -> None:
+    """Let copies end that are under way."""
+    for _ in range(3 * DELAY):
+        llm.llm_engine.step()
+    assert not scheduler(llm).has_requests()
+
+
+def forget(llm: Any) -> None:
+    """Empty the caches of both memories."""
+    drain(llm)
+    assert scheduler(llm).reset_prefix_cache(reset_connector=True)
+    assert not stored(llm)
+
+
+@contextlib.contextmanager
+def tight(llm: Any, asked: list[Request], more: int = 0) -> Iterator[None]:
+    """Little space, whose other blocks vLLM seems to keep for steps under way."""
+    deferred = scheduler(llm).deferred_frees
+    with little_space(llm, asked, more):
+        pool = scheduler(llm).kv_cache_manager.block_pool
+        deferred.append((2**62, [b for b in pool.blocks[1:] if b.ref_cnt]))
+        try:
+            yield
+        finally:
+            deferred.clear()
