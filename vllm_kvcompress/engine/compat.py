@@ -84,7 +84,7 @@ SEAMS = (
     ),
     Seam(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
-        "wrapped on the object: bounds the length of a hit",
+        "wrapped on the objects, the connector's too: bounds the length of a hit",
         "KVCacheManager.get_computed_blocks takes a limit",
         ("block_hashes", "max_cache_hit_length"),
     ),
@@ -97,7 +97,7 @@ SEAMS = (
     Seam(
         "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
         "get_num_new_matched_tokens",
-        "wrapped on the object: bounds what is loaded",
+        "wrapped on the object: knows whose hit is looked for",
         "KV connectors are given a limit",
         ("request", "num_computed_tokens"),
     ),

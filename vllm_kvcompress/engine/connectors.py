@@ -50,27 +50,36 @@ def connector_refusals(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     ]
 
 
-def bound_loads(scheduler: Any, limit: Callable[[Request], int | None]) -> None:
+def bound_loads(connector: Any, limit: Callable[[Request], int | None]) -> None:
     """Let what is loaded leave the queries of windows to compute, as cache hits do.
 
+    The search is bounded, not what it finds: behind a sliding window, blocks are found
+    for hits of one length only.
+
     Args:
-        scheduler: Its connector loads whole blocks.
+        connector: The scheduler's.
         limit: How many tokens of a request need not be computed, None = all.
     """
-    connector, block_size = scheduler.connector, scheduler.block_size
-    ask = connector.get_num_new_matched_tokens
+    if connector.scheduler_manager is None:
+        return  # without prefix caching it does nothing
+    coordinator = connector.scheduler_manager.cpu_coordinator
+    room: int | None = None
+    ask, find = connector.get_num_new_matched_tokens, coordinator.find_longest_cache_hit
+
+    def find_longest_cache_hit(hashes: Any, max_length: int) -> Any:
+        return find(hashes, max_length if room is None else min(max_length, room))
 
     def get_num_new_matched_tokens(
         request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        if (most := limit(request)) is None:
-            return ask(request, num_computed_tokens)  # type: ignore[no-any-return]
-        room = (most - num_computed_tokens) // block_size * block_size
-        if room <= 0:
+        nonlocal room
+        most = limit(request)
+        room = None if most is None else most - num_computed_tokens
+        if room is not None and room <= 0:
             return 0, False
-        found, later = ask(request, num_computed_tokens)
-        return found and min(found, room), later
+        return ask(request, num_computed_tokens)  # type: ignore[no-any-return]
 
+    coordinator.find_longest_cache_hit = find_longest_cache_hit
     connector.get_num_new_matched_tokens = get_num_new_matched_tokens
 
 

@@ -63,7 +63,7 @@ class CompressedScheduler(Scheduler):
         self._hit_limit: int | None = None
         self._guard_prefix_cache()
         if self.connector is not None:
-            bound_loads(self, self._most_cached)
+            bound_loads(self.connector, self._most_cached)
             hold_emptied(self, self._give_back)
         self._log_capacity()
 
