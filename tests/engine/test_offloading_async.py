@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import Answer
+from tests.engine.conftest import BLOCK, Answer
 from vllm_kvcompress.engine.check.switch import VARIABLE
 
 CASES = Path(__file__).with_name("offload_cases.py")
@@ -35,4 +35,6 @@ def test_answers_and_loads(llama: Path, runner: str, tmp_path: Path) -> None:
     for answers in others:
         for mine, theirs in zip(answers, plain, strict=True):
             assert mine.near(theirs)
-    assert [answer.cached for answer in others[-1]] == found["hits"]
+    # In little space blocks are lost before they are stored, and no more than some.
+    for answer, most in zip(others[-1], found["hits"], strict=True):
+        assert 2 * BLOCK < answer.cached <= most
