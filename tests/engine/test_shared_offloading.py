@@ -34,4 +34,5 @@ def test_what_was_stored_is_loaded(
         assert scheduler(llm).reset_prefix_cache()
         again = generate(llm, prompts, 40)
     assert all(a.near(b) for a, b in zip(again, found, strict=True))
-    assert all(answer.cached >= 2 * BLOCK for answer in again)
+    # A hit ends where the blocks of sliding windows were kept, so some have none.
+    assert again[0].cached >= 2 * BLOCK
