@@ -35,4 +35,4 @@ def test_what_was_stored_is_loaded(
         again = generate(llm, prompts, 40)
     assert all(a.near(b) for a, b in zip(again, found, strict=True))
     # A hit ends where the blocks of sliding windows were kept, so some have none.
-    assert again[0].cached >= 2 * BLOCK
+    assert any(answer.cached >= 2 * BLOCK for answer in again)
