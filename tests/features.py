@@ -2,7 +2,7 @@
 
 A cell is a feature of vLLM and a method of ours. It *works* if requests that are
 compressed by the method get the same tokens with the feature as without; it is
-*refused* at start-up, or nobody has been able to run it yet.
+*refused* at start-up.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,6 @@ class Feature:
         elsewhere: Tests that prove it, by method or for `EVERY`, where how requests
             are served is too special for `feature_cases`.
         cannot: Servers of `serving` that are refused with it.
-        unrun: Why nobody has run it.
         note: What else users should know.
     """
 
@@ -37,13 +36,10 @@ class Feature:
     refused: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     cannot: tuple[str, ...] = ()
-    unrun: str = ""
     note: str = ""
 
     def status(self, method: str) -> str:
-        """``works``, ``refused`` or ``not yet run``."""
-        if self.unrun:
-            return "not yet run"
+        """``works`` or ``refused``."""
         return "refused" if self.refusal(method) else "works"
 
     def refusal(self, method: str) -> str | None:
@@ -144,12 +140,19 @@ FEATURES = [
         "test gives the CPU a device name",
     ),
     Feature(
-        "KV connectors",
-        {"kv_transfer_config": CONNECTOR},
-        refused={EVERY: "KV connectors"},
+        "KV offloading",
+        elsewhere={
+            EVERY: "tests/engine/test_offloading.py::test_what_was_stored_is_loaded"
+        },
+        note="`--kv-offloading-size`; whole prompts stay in CPU memory. On CPUs vLLM "
+        "offloads nothing, so the test copies in the place of CUDA",
     ),
     Feature(
-        "KV offloading", {"kv_offloading_size": 1.0}, refused={EVERY: "KV offloading"}
+        "KV connectors of other kinds, P/D disaggregation",
+        {"kv_transfer_config": CONNECTOR},
+        refused={EVERY: "the KV connector ExampleConnector"},
+        note="they read a request's blocks by number after it has given them back, or "
+        "load so much of a prompt that no observation window is computed",
     ),
     Feature(
         "sleep mode",
@@ -162,10 +165,10 @@ FEATURES = [
 
 INTRODUCTION = """# Support matrix
 
-Each cell but the last rows is a test on CPUs ([table](../tests/features.py)). *Works*:
-requests that the method compresses get the same tokens with the feature as without.
-*Refused*: the server does not start, and says in one sentence what to change. CUDA
-graphs, fused kernels and attention backends of GPUs have not yet run on one.
+Each cell is a test on CPUs ([table](../tests/features.py)). *Works*: requests that the
+method compresses get the same tokens with the feature as without. *Refused*: the server
+does not start, and says in one sentence what to change. CUDA graphs, fused kernels and
+attention backends of GPUs have not yet run on one.
 
 """
 
@@ -177,8 +180,8 @@ def page() -> str:
     notes = []
     for feature in FEATURES:
         mark = ""
-        if said := feature.note or feature.unrun:
-            notes.append(f"{len(notes) + 1}. {feature.title}: {said}")
+        if feature.note:
+            notes.append(f"{len(notes) + 1}. {feature.title}: {feature.note}")
             mark = f" ({len(notes)})"
         cells = [feature.status(name) for name in NAMES]
         lines.append(f"| {feature.title}{mark} | " + " | ".join(cells) + " |")

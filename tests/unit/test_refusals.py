@@ -58,6 +58,25 @@ def test_accepted(model: Path) -> None:
     assert config.additional_config["kv_compression"]["kernel_size"] == 7
 
 
+def test_offloading_is_accepted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU; by the connector that can be used."""
+    from vllm_kvcompress.engine import connectors
+
+    device = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(connectors, "current_platform", device)
+    transfer = _config(model, kv_offloading_size=2.0).kv_transfer_config
+    assert transfer.kv_connector == "SimpleCPUOffloadConnector"
+    assert transfer.kv_connector_extra_config["cpu_bytes_to_use"] == 2 * 2**30
+    assert transfer.kv_role == "kv_both"
+    with pytest.raises(ConfigError, match="KV offloading, method=minicache and"):
+        _config(
+            model,
+            {"method": "minicache"},
+            kv_offloading_size=2.0,
+            kv_cache_dtype="int8_per_token_head",
+        )
+
+
 def test_drafts_are_accepted(model: Path) -> None:
     drafts = {"num_speculative_tokens": 2}
     for source in ({"method": "ngram"}, {"method": "draft_model", "model": str(model)}):
@@ -127,7 +146,19 @@ def test_draft_models_have_one_group(
             {"enable_lora": True},
             ["--enable-lora and method=pyramidinfer", "prune=false"],
         ),
-        ({}, {"kv_offloading_size": 1.0}, ["KV offloading", "--kv-offloading-size"]),
+        (
+            {},
+            {"kv_offloading_size": 1.0},
+            ["KV offloading on CPUs", "drop --kv-offloading-size"],
+        ),
+        *(
+            (
+                {},
+                {"kv_transfer_config": {"kv_connector": name, "kv_role": "kv_both"}},
+                [f"the KV connector {name}; use SimpleCPUOffloadConnector"],
+            )
+            for name in ("OffloadingConnector", "ExampleConnector", "NixlConnector")
+        ),
         (
             {},
             {"disable_hybrid_kv_cache_manager": True},

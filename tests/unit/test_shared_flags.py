@@ -110,8 +110,11 @@ def test_prefixes_are_cached_where_they_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="KV connectors"):
+    with pytest.raises(ConfigError, match="KV offloading on CPUs"):
         _config(tmp_path, MODELS[name], kv_offloading_size=1.0)
+    example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with pytest.raises(ConfigError, match="the KV connector ExampleConnector"):
+        _config(tmp_path, MODELS[name], kv_transfer_config=example)
 
 
 def test_what_yoco_does_not_do(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
 from . import compat, metrics, requests
 from .check.switch import Switch
+from .connectors import choose_connector, connector_refusals
 from .page_formats import QUANTISED, UNQUANTISED, has_scales
 from .pruner import PRUNABLE, PRUNABLE_PARTS
 from .worker import WORKERS
@@ -26,6 +27,7 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     Raises:
         ConfigError: Something else that is switched on cannot work with it.
     """
+    choose_connector(vllm_config)
     for setting, way_out in _refusals(vllm_config, config):
         raise ConfigError(f"{KEY} does not work with {setting}; {way_out}")
     compat.check_engine()
@@ -137,10 +139,15 @@ def _refusals(
             "use size 1",
         ),
         (parallel.use_ubatching, "dual batch overlap", "drop --enable-dbo"),
+        *connector_refusals(vllm_config),
         (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors and KV offloading",
-            "drop --kv-transfer-config and --kv-offloading-size",
+            # A merged pair's upper layer has its scales beside the pages.
+            vllm_config.kv_transfer_config is not None
+            and has_scales(cache.cache_dtype)
+            and any(scorer.merges for scorer in config.scorers.values()),
+            f"KV offloading, method={config.method} and --kv-cache-dtype "
+            f"{cache.cache_dtype} together",
+            "use --kv-cache-dtype auto or fp8, or drop --kv-offloading-size",
         ),
         (
             drafts not in (None, *DRAFTS),

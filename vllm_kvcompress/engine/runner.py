@@ -20,6 +20,7 @@ from vllm.v1.outputs import (
 from ..config import KEY, KVCompressionConfig
 from ..plan import Report, StepPlan
 from . import compat
+from .connectors import await_step
 from .executor import CompressionExecutor
 
 logger = init_logger("vllm.plugins.kv_compression")
@@ -83,6 +84,7 @@ class _Runner:
         self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         self._plan = getattr(scheduler_output, "kv_compression", None)
+        await_step(scheduler_output, self.device)
         try:
             return super().execute_model(  # type: ignore[misc]
                 scheduler_output, *args, **kwargs

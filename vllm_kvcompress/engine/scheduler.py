@@ -23,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..plan import Compress, Counters, Report, StepPlan
 from . import metrics, usage
+from .connectors import bound_loads, hold_emptied
 from .course import Course, Planner
 from .manager import CompressedKVManager
 from .requests import asks_for_usage
@@ -61,6 +62,9 @@ class CompressedScheduler(Scheduler):
         self._unsent = Counters()
         self._hit_limit: int | None = None
         self._guard_prefix_cache()
+        if self.connector is not None:
+            bound_loads(self.connector, self._most_cached)
+            hold_emptied(self, self._give_back)
         self._log_capacity()
 
     def _guard_prefix_cache(self) -> None:
@@ -134,16 +138,23 @@ class CompressedScheduler(Scheduler):
             self._usages.pop(request.request_id, None)
         super()._free_request_blocks(request)
 
+    def _most_cached(self, request: Request) -> int | None:
+        """How many of its tokens need not be computed, None = all."""
+        course = self._course(request)
+        if course is None:
+            return None
+        most = 0 if course.prune else course.firm
+        if self.num_spec_tokens:
+            # vLLM gives drafts to a chunk of one token, which cannot be cut then.
+            most = max(0, min(most, request.num_tokens - 2))
+        return most
+
     # vLLM's steps ----------------------------------------------------------
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *limits: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        if course := self._course(request):
-            self._hit_limit = 0 if course.prune else course.firm
-            if self.num_spec_tokens:
-                # vLLM gives drafts to a chunk of one token, which cannot be cut then.
-                self._hit_limit = max(0, min(self._hit_limit, request.num_tokens - 2))
+        self._hit_limit = self._most_cached(request)
         try:
             return super()._get_local_prefix_cache_hit(request, *limits)
         finally:
@@ -182,12 +193,22 @@ class CompressedScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Free what the last plan emptied, schedule, and plan this step."""
-        for manager in self._managers.values():
-            self.kv_cache_manager.block_pool.free_blocks(manager.take_pending())
+        if self.connector is None:
+            self._give_back()
         output = super().schedule(*args, **kwargs)
+        self._give_back()
         if plan := self._plan(output.num_scheduled_tokens):
             output.kv_compression = plan
         return output
+
+    def _give_back(self) -> int:
+        """Give back what the last plan emptied, and say how many blocks."""
+        pool, count = self.kv_cache_manager.block_pool, 0
+        for manager in self._managers.values():
+            emptied = manager.take_pending()
+            pool.free_blocks(emptied)
+            count += len(emptied)
+        return count
 
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         observe: dict[str, tuple[int, int]] = {}

@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 
 from ..config import KEY, ConfigError
 from ..models import ARCHITECTURES, METHODS
+from .connectors import choose_connector, connector_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,7 @@ def prepare(vllm_config: "VllmConfig", wants_prefix_caching: bool) -> None:
     Raises:
         ConfigError: Something that is switched on cannot work.
     """
+    choose_connector(vllm_config)
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     config: Any = model.hf_config
@@ -54,11 +56,7 @@ def prepare(vllm_config: "VllmConfig", wants_prefix_caching: bool) -> None:
             "context parallelism (DCP, PCP)",
             "use size 1",
         ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors and KV offloading",
-            "drop --kv-transfer-config and --kv-offloading-size",
-        ),
+        *connector_refusals(vllm_config),
         (
             yoco and config.early_exit and model.runner_type != "generate",
             "pooling and early exit",

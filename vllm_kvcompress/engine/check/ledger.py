@@ -1,6 +1,7 @@
 """What has to hold in the scheduler after each step, whatever was planned."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +195,8 @@ class Ledger:
                     holders[block.block_id] += block.block_id not in state.borrowed
         for _, blocks in self._scheduler.deferred_frees:
             holders.update(block.block_id for block in blocks)
+        holders.update(transferred(self._scheduler.connector))
+        self._check_stored()
         for block in self._pool.blocks[1:]:
             number = block.block_id
             if block.ref_cnt != holders[number]:
@@ -232,6 +235,12 @@ class Ledger:
                 own = key == block.block_hash or key in others.get(number, ())
                 require(own, "a hash leads to block", number, "which has another")
 
+    def _check_stored(self) -> None:
+        """What is being offloaded has a hash, so it is no private block."""
+        for number in transferred(self._scheduler.connector, loads=False):
+            hashed = self._pool.blocks[number].block_hash is not None
+            require(hashed, "block", number, "is offloaded and has no hash")
+
     def check_idle(self) -> None:
         """Nothing is left when no request is.
 
@@ -239,13 +248,30 @@ class Ledger:
             Violation: Something is.
         """
         pool, scheduler = self._pool, self._scheduler
-        lost = len(pool.blocks) - 1 - pool.get_num_free_blocks()
+        held = {*transferred(scheduler.connector)}
+        lost = len(pool.blocks) - 1 - pool.get_num_free_blocks() - len(held)
         require(not lost, lost, "blocks are held, and there is no request")
         left = [
             *(scheduler._courses, scheduler._exact_tokens, self._planned),
             *(manager._compressed for manager in scheduler._managers.values()),
         ]
         require(not any(left), "something is left without a request", left)
+
+
+def transferred(connector: Any, loads: bool = True) -> Iterator[int]:
+    """Blocks that vLLM's connector holds until they are stored, or loaded."""
+    if (manager := getattr(connector, "scheduler_manager", None)) is None:
+        return
+    found = [
+        *manager._pending_finished_stores,
+        *manager._store_event_to_blocks.values(),
+        *manager._abandoned_store_event_to_blocks.values(),
+    ]
+    if loads:
+        states = (manager._reqs_to_load, manager._abandoned_reqs_to_load)
+        found += [load.transfer_meta for own in states for load in own.values()]
+    for transfer in found:
+        yield from transfer.gpu_block_ids
 
 
 def _name(request_id: str, group: int) -> str:

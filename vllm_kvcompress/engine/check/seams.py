@@ -35,6 +35,21 @@ SEAMS = (
         ("ordered_blocks",),
     ),
     Seam(
+        "vllm.v1.simple_kv_offload.manager:TransferMeta",
+        "read: blocks that a KV connector holds",
+        _NEVER,
+        ("gpu_block_ids",),
+    ),
+    Seam(
+        "vllm.v1.simple_kv_offload.manager:SimpleCPUOffloadScheduler",
+        "read: blocks that a KV connector holds",
+        _NEVER,
+        attributes=(
+            *("_pending_finished_stores", "_reqs_to_load", "_abandoned_reqs_to_load"),
+            *("_store_event_to_blocks", "_abandoned_store_event_to_blocks"),
+        ),
+    ),
+    Seam(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         "wrapped on the object: rows, lengths and slots are the scheduler's",
         _NEVER,

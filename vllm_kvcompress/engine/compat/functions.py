@@ -58,7 +58,7 @@ FUNCTIONS = (
     ),
     Seam(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
-        "wrapped on the object: bounds the length of a hit",
+        "wrapped on the objects, the connector's too: bounds the length of a hit",
         "KVCacheManager.get_computed_blocks takes a limit",
         ("block_hashes", "max_cache_hit_length"),
     ),
@@ -67,6 +67,25 @@ FUNCTIONS = (
         "wrapped on the object: no block that saw a compressed context is hashed",
         "KVCacheManager.cache_blocks takes a limit",
         ("request", "num_computed_tokens"),
+    ),
+    Seam(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1."
+        "get_num_new_matched_tokens",
+        "wrapped on the object: knows whose hit is looked for",
+        "KV connectors are given a limit",
+        ("request", "num_computed_tokens"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        "wrapped on the object: a KV connector sees emptied blocks before others do",
+        "KV connectors may store blocks of a step at its end",
+        ("request",),
+    ),
+    Seam(
+        "vllm.v1.simple_kv_offload.metadata:SimpleCPUOffloadMetadata",
+        "read: whether a step loads blocks",
+        "vLLM orders loads behind steps that are under way",
+        ("load_gpu_blocks",),
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager:"
