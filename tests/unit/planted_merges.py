@@ -6,14 +6,13 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.request import Request
 
 from vllm_kvcompress.budget import Fit
 from vllm_kvcompress.engine.course import Planner
 from vllm_kvcompress.engine.executor import CompressionExecutor
 from vllm_kvcompress.engine.manager import CompressedKVManager
+from vllm_kvcompress.engine.private_blocks import PrivateBlocks
 from vllm_kvcompress.engine.rows import RowShift
-from vllm_kvcompress.engine.scheduler import CompressedScheduler
 from vllm_kvcompress.engine.shared_pages import SharingRows
 from vllm_kvcompress.plan import Compress
 
@@ -30,9 +29,10 @@ def _free_borrowed(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plan_one_of_a_pair(obtain: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(self: Any, request: Request, course: Any, groups: list[int]) -> Any:
-        found = obtain(self, request, course, groups)
-        return found or obtain(self, request, course, groups[:1])
+    def planted(self: Any, *args: Any) -> Any:
+        request_id, course, groups, workers = args
+        found = obtain(self, request_id, course, groups, workers)
+        return found or obtain(self, request_id, course, groups[:1], workers)
 
     return planted
 
@@ -106,8 +106,8 @@ def _share_nothing(_: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reserve_all(reserve: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, request_id, target: reserve(
-        self, request_id, replace(target, borrows=False)
+    return lambda self, request_id, target, workers: reserve(
+        self, request_id, replace(target, borrows=False), workers
     )
 
 
@@ -127,12 +127,12 @@ def _forget_at_the_end(_: Callable[..., Any]) -> Callable[..., Any]:
     return forget
 
 
-MANAGER, SCHEDULER = CompressedKVManager, CompressedScheduler
+MANAGER = CompressedKVManager
 # As in `planted.PLANTED`, for workloads that merge.
 MERGES: dict[str, tuple[type, str, Planted, dict[str, Any]]] = {
     "borrowed blocks freed": (MANAGER, "pop_blocks_for_free", _free_borrowed, {}),
     "one group of a pair": (
-        SCHEDULER,
+        PrivateBlocks,
         "_obtain",
         _plan_one_of_a_pair,
         {"caching": True, "spare_blocks": 0},

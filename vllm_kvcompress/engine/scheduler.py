@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,6 +25,7 @@ from . import metrics, usage
 from .connectors import bound_loads, hold_emptied
 from .course import Course, Planner
 from .manager import CompressedKVManager
+from .private_blocks import PrivateBlocks
 from .requests import asks_for_usage
 
 logger = init_logger("vllm.plugins.kv_compression")
@@ -51,6 +51,12 @@ class CompressedScheduler(Scheduler):
                 "start without --kv-compression"
             )
         self._planner = Planner(self._config, self._managers, self.scheduler_config)
+        self._private_blocks = PrivateBlocks(
+            self._managers,
+            self._planner.owners,
+            self.kv_cache_manager.block_pool,
+            self.vllm_config.parallel_config.tensor_parallel_size,
+        )
         # Request id -> its next compression, None = no more; forgotten with its blocks.
         self._courses: dict[str, Course | None] = {}
         # Request id -> its tokens that saw no compressed context.
@@ -64,7 +70,7 @@ class CompressedScheduler(Scheduler):
         self._guard_prefix_cache()
         if self.connector is not None:
             bound_loads(self.connector, self._most_cached)
-            hold_emptied(self, self._give_back)
+            hold_emptied(self, self._private_blocks.give_back)
         self._log_capacity()
 
     def _guard_prefix_cache(self) -> None:
@@ -194,21 +200,12 @@ class CompressedScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Free what the last plan emptied, schedule, and plan this step."""
         if self.connector is None:
-            self._give_back()
+            self._private_blocks.give_back()
         output = super().schedule(*args, **kwargs)
-        self._give_back()
+        self._private_blocks.give_back()
         if plan := self._plan(output.num_scheduled_tokens):
             output.kv_compression = plan
         return output
-
-    def _give_back(self) -> int:
-        """Give back what the last plan emptied, and say how many blocks."""
-        pool, count = self.kv_cache_manager.block_pool, 0
-        for manager in self._managers.values():
-            emptied = manager.take_pending()
-            pool.free_blocks(emptied)
-            count += len(emptied)
-        return count
 
     def _plan(self, scheduled: dict[str, int]) -> StepPlan:
         observe: dict[str, tuple[int, int]] = {}
@@ -237,16 +234,8 @@ class CompressedScheduler(Scheduler):
 
     def _compress(self, request: Request, course: Course) -> dict[int, Compress]:
         """Plan the groups for which private blocks can be had; retry the rest."""
-        planned: dict[int, Compress] = {}
-        merges = self._config.scorers[course.scorer].merges
-        owners = self._planner.owners if merges else {}
-        for group in list(course.targets):
-            if group in owners.values():
-                continue  # with the group that borrows its blocks
-            groups = [owners[group], group] if group in owners else [group]
-            for done, directive in self._obtain(request, course, groups).items():
-                planned[done] = directive
-                del course.targets[done]
+        scorer = self._config.scorers[course.scorer]
+        planned = self._private_blocks.trade(request.request_id, course, scorer)
         if planned:
             self._exact_tokens.setdefault(request.request_id, course.due)
         if told := self._usages.get(request.request_id):
@@ -258,40 +247,6 @@ class CompressedScheduler(Scheduler):
         elif not course.dry:
             course.dry = True
             self._skipped["pool_dry"] += 1
-        return planned
-
-    def _obtain(
-        self, request: Request, course: Course, groups: list[int]
-    ) -> dict[int, Compress]:
-        """Plan one group, or an owner of blocks and who borrows them; or neither."""
-        request_id, found = request.request_id, dict[int, list[KVCacheBlock]]()
-        uneven = self._config.scorers[course.scorer].uneven
-        parallel = self.vllm_config.parallel_config
-        workers = parallel.tensor_parallel_size if uneven else 1
-        for group in groups:
-            manager, target = self._managers[group], course.targets[group]
-            private = manager.reserve(request_id, target, workers)
-            if private is None:
-                for earlier, blocks in found.items():
-                    target = course.targets[earlier]
-                    self._managers[earlier].release(request_id, target, blocks)
-                return {}
-            found[group] = private
-        planned, shared = {}, list[KVCacheBlock]()
-        for group, private in found.items():
-            manager, target = self._managers[group], course.targets[group]
-            planned[group] = manager.compress(
-                request_id,
-                course.scorer,
-                course.due,
-                target,
-                shared + private,
-                window=course.window,
-                # The lowest layers compute all tokens, and lose theirs afterwards.
-                pruned=course.prune and manager.kv_cache_spec.tier[0] > 0,
-                owner=groups[0] if target.borrows else None,
-            )
-            shared = private[: target.merged_blocks]
         return planned
 
     def update_from_output(
@@ -310,21 +265,14 @@ class CompressedScheduler(Scheduler):
                     f"{expected} planned compressions"
                 )
             self._unsent.add(report)
-            self._settle(plan, report)
+            for request_id, group, used in self._private_blocks.settle(plan, report):
+                if told := self._usages.get(request_id):
+                    told.settle(group, used)
         usages = dict(self._usages)  # those who finish now are forgotten
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if usages:
             usage.attach(outputs.values(), usages, self._managers)
         return outputs
-
-    def _settle(self, plan: StepPlan, report: Report) -> None:
-        """Give back blocks that no worker needs."""
-        for request_id, groups in report.overflow.items():
-            for group, used in groups.items():
-                directive = plan.compress[request_id][group]
-                stands = self._managers[group].settle(request_id, directive, used)
-                if stands and request_id in self._usages:
-                    self._usages[request_id].settle(group, used)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics with ours attached."""
