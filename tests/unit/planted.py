@@ -341,7 +341,7 @@ PLANTED: dict[str, tuple[Any, str, Planted, dict[str, Any]]] = {
         Planner,
         "next",
         _count_on_queries_that_passed,
-        {"pyramid": True, "runner": "V1"},
+        {"pyramid": True, "runner": "V1", "spare_blocks": 0},
     ),
     "source read from the start": (
         EXECUTOR,

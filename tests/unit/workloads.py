@@ -143,7 +143,8 @@ def _settings(
     if draw(st.integers(0, 3)) == 0:
         alone = merging or incremental or not layered
         offered = first if alone else [*first, PYRAMID]
-        others = [draw(a_method([name])) for name in offered if draw(st.booleans())]
+        names = [name for name in offered if name != settings["method"]]
+        others = [draw(a_method([name])) for name in names if draw(st.booleans())]
         methods += others
         settings["request_methods"] = {
             other["method"]: {k: v for k, v in other.items() if k != "method"}

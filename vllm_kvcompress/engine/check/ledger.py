@@ -49,6 +49,8 @@ class Ledger:
         kv_cache_manager = scheduler.kv_cache_manager
         self._pool = kv_cache_manager.block_pool
         self._managers = kv_cache_manager.coordinator.single_type_managers
+        parallel = scheduler.vllm_config.parallel_config
+        self._workers = parallel.tensor_parallel_size
         self._planned: dict[str, _Planned] = {}
 
     def note(self, plan: StepPlan) -> None:
@@ -142,6 +144,7 @@ class Ledger:
         )
         require(given_back, what, "keeps originals")
         overflow = state.overflow if state else []
+        require(not overflow or self._workers > 1, what, "has more than is kept")
         stay = known.stay[group] if directive and known else 0
         for block in destination[stay:] + overflow:
             self._check_private(what, block)
