@@ -291,7 +291,9 @@ def _model(method: str, backend: str, **layers: int) -> Any:
     return SimpleNamespace(
         additional_config={"kv_compression": {"method": method}},
         compilation_config=SimpleNamespace(static_forward_context=found),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, tensor_parallel_size=1
+        ),
     )
 
 

@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
@@ -93,7 +92,8 @@ class HeldHeads:
 
 def held_heads(layer: Any, vllm_config: VllmConfig) -> HeldHeads:
     """Which of a layer's KV heads this worker holds."""
-    workers, count = get_tensor_model_parallel_world_size(), layer.num_kv_heads
+    workers = vllm_config.parallel_config.tensor_parallel_size
+    count = layer.num_kv_heads
     if workers == 1:
         return HeldHeads(count)
     shapes = vllm_config.model_config.model_arch_config

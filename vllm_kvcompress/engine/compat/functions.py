@@ -196,11 +196,6 @@ FUNCTIONS = (
         _HEADS,
     ),
     Seam(
-        "vllm.distributed:get_tensor_model_parallel_world_size",
-        "called: numbers this worker's KV heads",
-        _HEADS,
-    ),
-    Seam(
         "vllm.distributed:tensor_model_parallel_all_gather",
         "called: scores and queries of KV heads that other workers hold",
         "never: it is how vLLM's own layers do it",
