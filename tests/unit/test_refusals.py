@@ -273,7 +273,7 @@ def _model(method: str, backend: str, **layers: int) -> Any:
         kv_cache_dtype = "auto"
 
         def __init__(self, layer_name: str, kv_heads: int) -> None:
-            self.layer_name, self.kv_heads = layer_name, kv_heads
+            self.layer_name, self.num_kv_heads = layer_name, kv_heads
 
         def get_attn_backend(self) -> Any:
             return self.attn_backend
@@ -281,7 +281,7 @@ def _model(method: str, backend: str, **layers: int) -> Any:
         def get_kv_cache_spec(self, vllm_config: Any) -> Any:
             return FullAttentionSpec(
                 block_size=32,
-                num_kv_heads=self.kv_heads,
+                num_kv_heads=self.num_kv_heads,
                 head_size=64,
                 dtype=torch.float32,
             )
