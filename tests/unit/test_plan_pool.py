@@ -223,9 +223,5 @@ def test_vllm_admits_windows_so(tokens, batched, window, chunked) -> None:
 @pytest.mark.vllm
 def test_names_are_the_engines() -> None:
     from vllm_kvcompress.engine.page_formats import QUANTISED, UNQUANTISED
-    from vllm_kvcompress.engine.pruner import PRUNABLE, PRUNABLE_PARTS
-    from vllm_kvcompress.tools.plan import methods
 
-    assert methods.PRUNABLE == PRUNABLE
-    assert methods.PRUNABLE_PARTS == PRUNABLE_PARTS
     assert {*UNQUANTISED, *QUANTISED} <= set(FORMATS)

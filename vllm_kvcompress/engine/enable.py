@@ -9,11 +9,11 @@ from vllm.config import ModelConfig, VllmConfig
 
 from ..config import KEY, ConfigError, KVCompressionConfig
 from ..methods.minicache import MiniCache
+from ..prunable import prunable
 from . import compat, metrics, requests
 from .check.switch import Switch
 from .connectors import choose_connector, connector_refusals
 from .page_formats import QUANTISED, UNQUANTISED, has_scales
-from .pruner import PRUNABLE, PRUNABLE_PARTS
 from .worker import WORKERS
 
 # Ways to draft. EAGLE and its like add a layer or two; a KV cache group of theirs would
@@ -49,9 +49,8 @@ def enable(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
 
 
 def _prunable(model: ModelConfig) -> bool:
-    if model.is_multimodal_model:
-        return model.hf_text_config.model_type in PRUNABLE_PARTS
-    return model.architecture in PRUNABLE
+    part = model.hf_text_config.model_type if model.is_multimodal_model else None
+    return prunable(model.architecture, part)
 
 
 def _refusals(

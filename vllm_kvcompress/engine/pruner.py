@@ -24,25 +24,6 @@ from .heads import rate
 from .layout import kernel_blocks
 from .page_formats import KEYS, pages_of
 
-# Models whose decoder layers take (positions, hidden_states, residual).
-PRUNABLE = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-# Language models with such layers inside multimodal ones, by their config's type.
-PRUNABLE_PARTS = (
-    "llama",
-    "mistral",
-    "paddleocr_vl_text",
-    "qwen2",
-    "qwen2_5_vl_text",
-    "qwen2_vl_text",
-    "qwen3",
-    "qwen3_vl_text",
-)
-
 
 @dataclass
 class _Row:

@@ -8,27 +8,10 @@ from ...config import ConfigError, KVCompressionConfig
 from ...contradictions import SIZE_KEYS
 from ...methods import load_method
 from ...parsing import KEY
+from ...prunable import prunable
 from ..errors import ToolError
 from .model import ModelKV
 from .pool import FORMATS, Pool
-
-PRUNABLE = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-PRUNABLE_PARTS = (
-    "llama",
-    "mistral",
-    "paddleocr_vl_text",
-    "qwen2",
-    "qwen2_5_vl_text",
-    "qwen2_vl_text",
-    "qwen3",
-    "qwen3_vl_text",
-)
-"""As in `engine.pruner`, which only starts with vLLM."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +102,8 @@ def _refusals(pool: Pool, model: ModelKV, config: KVCompressionConfig) -> Iterat
     uneven = any(scorer.uneven for scorer in scorers)
     if (bits == 4 and not merges_all) or (scaled and uneven):
         yield f"--kv-cache-dtype {pool.dtype} does not work with it"
-    prunable = model.architecture in PRUNABLE or model.part in PRUNABLE_PARTS
-    if any(scorer.prunes for scorer in scorers) and not prunable:
+    prunes = any(scorer.prunes for scorer in scorers)
+    if prunes and not prunable(model.architecture, model.part):
         way_out = "--config '{\"prune\": false}'"
         yield f"it cannot prune {model.architecture}; give {way_out}"
     try:
